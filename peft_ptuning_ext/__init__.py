@@ -1,0 +1,19 @@
+# SPDX-FileCopyrightText: 2026 The peft_ptuning_ext authors
+# SPDX-License-Identifier: Apache-2.0
+"""P-tuning as a PEFT method whose prompt is hidden inside the backbone.
+
+Importing this package registers the method with PEFT and has no other effect.
+"""
+
+from .config import PromptEncoderType, PTuningConfig
+from .encoder import PromptEncoder
+from .layer import PTuningLayer
+from .registration import register
+from .tuner import PTuningModel
+
+
+__version__ = "0.1.0.dev0"
+
+__all__ = ["PTuningConfig", "PTuningLayer", "PTuningModel", "PromptEncoder", "PromptEncoderType"]
+
+register(PTuningConfig, PTuningModel)

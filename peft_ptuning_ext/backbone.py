@@ -1,0 +1,187 @@
+# SPDX-FileCopyrightText: 2026 The peft_ptuning_ext authors
+# SPDX-License-Identifier: Apache-2.0
+"""Finds where the prompt enters a model, and holds the only table of architecture exceptions."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+
+# Backbones whose pooler is not a module that takes the last hidden state (B, S, H).
+POOLERS: dict[str, Callable[[nn.Module, torch.Tensor], torch.Tensor]] = {
+    # ALBERT's pooler is a plain Linear behind the slicing of the first token and before an activation.
+    "albert": lambda backbone, hidden: backbone.pooler_activation(backbone.pooler(hidden[:, 0])),
+}
+
+# Parameters of a backbone's `forward` with which a prompt in front can't be right, and why.
+REFUSED_PARAMETERS: dict[str, str] = {
+    "per_layer_inputs": "its layers read embeddings of the token ids besides the input embedding, and a prompt has none",
+    "cache_params": "it keeps a recurrent state instead of a key-value cache, from which the prompt can't be told",
+    "state": "it keeps a recurrent state instead of a key-value cache, from which the prompt can't be told",
+    "mems": "it keeps memories instead of a key-value cache, from which the prompt can't be told",
+    "past_buckets_states": "its hashing attention ties positions to fixed buckets",
+}
+
+# Names under which backbones keep a table of absolute positions (learned or sinusoidal).
+POSITION_TABLES = ("position_embeddings", "wpe", "embed_positions")
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """Where the prompt enters, in names relative to the model, so that it survives copying and pickling.
+
+    Args:
+        name (`str`): Path of the backbone in the model, empty if the model is the backbone.
+        embedding (`str`): Path of the input embedding in the backbone.
+        width (`int`): Width H of the input embedding.
+        parameters (`tuple[str, ...]`): Names of the positional parameters of the backbone's `forward`.
+        is_causal (`bool`): Whether its attention looks back only.
+        first_position (`int`): The position that the backbone gives to its first token.
+        max_positions (`int`, *optional*): How many tokens its table of positions holds; `None` if it has no table.
+        decoder (`str`, *optional*):
+            Path in the model of the decoder that attends to this backbone, if it is an encoder-decoder's encoder.
+    """
+
+    name: str
+    embedding: str
+    width: int
+    parameters: tuple[str, ...]
+    is_causal: bool
+    first_position: int
+    max_positions: Optional[int]
+    decoder: Optional[str]
+
+    @property
+    def embedding_path(self) -> str:
+        """Path of the input embedding in the model."""
+        return f"{self.name}.{self.embedding}" if self.name else self.embedding
+
+
+def find_backbone(model: nn.Module) -> Backbone:
+    """Finds the transformer stack above the input embedding, and says so if there is none that takes a prompt.
+
+    For an encoder-decoder this is the encoder; for a vision-language model, the text model; otherwise the nearest
+    `PreTrainedModel` around the input embedding.
+
+    Args:
+        model (`nn.Module`): A transformers model, or a module that holds exactly one.
+
+    Returns:
+        [`Backbone`]
+
+    Raises:
+        ValueError: P-tuning can't work on this model. The message names the class and the reason.
+    """
+    prefix, pretrained = _outermost_pretrained(model)
+    decoder = None
+    if getattr(pretrained.config, "is_encoder_decoder", False) and (stack := _stack(pretrained, "decoder")) is not None:
+        encoder = _stack(pretrained, "encoder")
+        if encoder is None or encoder is stack:
+            raise _refusal(pretrained, "it is an encoder-decoder without an encoder of its own")
+        decoder = _path_of(model, stack)
+        pretrained, prefix = encoder, _path_of(model, encoder)
+    embedding = _input_embedding(pretrained)
+
+    paths = [name for name, module in pretrained.named_modules(remove_duplicate=False) if module is embedding]
+    if len(paths) != 1:
+        raise _refusal(pretrained, f"its input embedding is registered {len(paths)} times ({', '.join(paths)})")
+    name, backbone = max(
+        ((n, m) for n, m in pretrained.named_modules() if isinstance(m, PreTrainedModel) and _holds(n, paths[0])),
+        key=lambda pair: len(pair[0]),
+    )
+    parameters = tuple(inspect.signature(type(backbone).forward).parameters)[1:]
+    if "inputs_embeds" not in parameters:
+        raise _refusal(backbone, "its forward takes no `inputs_embeds`")
+    for parameter, reason in REFUSED_PARAMETERS.items():
+        if parameter in parameters:
+            raise _refusal(backbone, reason)
+    if isinstance(getattr(backbone, "pooler", None), nn.Linear) and backbone.config.model_type not in POOLERS:
+        raise _refusal(backbone, "its pooler reads a slice that only its own forward knows")
+
+    first_position, max_positions = _positions(backbone)
+    return Backbone(
+        name=".".join(part for part in (prefix, name) if part),
+        embedding=paths[0][len(name) :].lstrip("."),
+        width=embedding.embedding_dim,
+        parameters=tuple(p for p in parameters if p != "kwargs"),
+        is_causal=_is_causal(backbone),
+        first_position=first_position,
+        max_positions=max_positions,
+        decoder=decoder,
+    )
+
+
+def pool(backbone: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    """Applies the backbone's own pooler to `hidden_states`, shape (B, S, H)."""
+    pooler = POOLERS.get(backbone.config.model_type)
+    return pooler(backbone, hidden_states) if pooler is not None else backbone.pooler(hidden_states)
+
+
+def _refusal(module: nn.Module, reason: str) -> ValueError:
+    return ValueError(f"P-tuning can't be applied to {type(module).__name__}: {reason}.")
+
+
+def _outermost_pretrained(model: nn.Module) -> tuple[str, PreTrainedModel]:
+    if isinstance(model, PreTrainedModel):
+        return "", model
+    found: list[tuple[str, PreTrainedModel]] = []
+    for name, module in model.named_modules():
+        if isinstance(module, PreTrainedModel) and not any(_holds(outer, name) for outer, _ in found):
+            found.append((name, module))
+    if len(found) != 1:
+        count = "no transformers model" if not found else f"{len(found)} transformers models"
+        raise _refusal(model, f"it holds {count}, and exactly one is needed")
+    return found[0]
+
+
+def _holds(outer: str, inner: str) -> bool:
+    """Whether path `inner` lies at or below path `outer`."""
+    return not outer or inner == outer or inner.startswith(outer + ".")
+
+
+def _path_of(model: nn.Module, module: nn.Module) -> str:
+    return next(name for name, candidate in model.named_modules() if candidate is module)
+
+
+def _stack(model: PreTrainedModel, which: str) -> Optional[nn.Module]:
+    """The encoder or decoder of an encoder-decoder, or `None` where the model is only the other half."""
+    stack = getattr(model, f"get_{which}")()
+    return stack if isinstance(stack, PreTrainedModel) and stack is not model else None
+
+
+def _input_embedding(model: PreTrainedModel) -> nn.Module:
+    try:
+        embedding = model.get_input_embeddings()
+    except NotImplementedError:
+        embedding = None
+    embedding = getattr(embedding, "base_layer", embedding)  # of an adapter that is there already
+    if embedding is None:
+        raise _refusal(model, "it has no input embedding (`get_input_embeddings` finds none)")
+    if not hasattr(embedding, "embedding_dim") or not hasattr(embedding, "num_embeddings"):
+        raise _refusal(model, f"its input embedding is a {type(embedding).__name__}, not a table of token embeddings")
+    return embedding
+
+
+def _is_causal(backbone: PreTrainedModel) -> bool:
+    """The config's word where it has one, else that of the attention layers (cross-attention is never causal)."""
+    if (from_config := getattr(backbone.config, "is_causal", None)) is not None:
+        return bool(from_config)
+    return any(getattr(module, "is_causal", None) is True for module in backbone.modules())
+
+
+def _positions(backbone: PreTrainedModel) -> tuple[int, Optional[int]]:
+    """First position and number of positions of the backbone's table, if it has one."""
+    for name, module in backbone.named_modules():
+        if name.rpartition(".")[2] in POSITION_TABLES and isinstance(module, nn.Embedding):
+            if module.padding_idx is not None:  # RoBERTa and its kin count from behind the padding index
+                first = module.padding_idx + 1
+                return first, module.num_embeddings - first
+            return 0, module.num_embeddings - getattr(module, "offset", 0)  # OPT's and BART's tables are 2 longer
+    return 0, None

@@ -1,0 +1,116 @@
+# SPDX-FileCopyrightText: 2026 The peft_ptuning_ext authors
+# SPDX-License-Identifier: Apache-2.0
+"""Checks a saved prompt before a model is changed for it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+
+
+# Attribute of the tuner layer under which the encoders are saved: `….ptuning_encoders.embedding` and so on.
+ENCODER_KEY = ".ptuning_encoders."
+
+
+@dataclass(frozen=True)
+class CheckpointSource:
+    """Where a config was loaded from, and so where its weights are.
+
+    Args:
+        model_id (`str`): Folder, or repository on the Hub.
+        subfolder (`str`, *optional*): Folder inside it.
+        safetensors_only (`bool`): Whether a `.bin` pickle is refused.
+        download_kwargs (`dict`): Arguments for [`~huggingface_hub.hf_hub_download`].
+    """
+
+    model_id: str
+    subfolder: Optional[str] = None
+    safetensors_only: bool = True
+    download_kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def find(self) -> Optional[str]:
+        """Returns the path of the safetensors file, or `None` if there is a pickle that the caller asked for.
+
+        Raises:
+            ValueError: There are no weights, or only a pickle and the caller did not ask for it.
+        """
+        folder = os.path.join(self.model_id, self.subfolder) if self.subfolder else self.model_id
+        path = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
+        if os.path.isfile(path):
+            return path
+        is_local = os.path.isdir(folder)
+        if not is_local and self.safetensors_only:
+            try:
+                return hf_hub_download(
+                    self.model_id, SAFETENSORS_WEIGHTS_NAME, subfolder=self.subfolder, **self.download_kwargs
+                )
+            except (EntryNotFoundError, HFValidationError):
+                pass
+        if not self.safetensors_only:
+            return None
+        if os.path.isfile(os.path.join(folder, WEIGHTS_NAME)):
+            raise ValueError(
+                f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}, only the pickle {WEIGHTS_NAME}, which can run code when "
+                "it is loaded. If you trust it, load it with `use_safetensors=False`."
+            )
+        raise ValueError(
+            f"{folder} has an adapter config but no {SAFETENSORS_WEIGHTS_NAME} beside it. To start a new adapter with "
+            "its settings, pass `dataclasses.replace(config)`."
+        )
+
+
+def check_file(path: str, expected: Mapping[str, torch.Tensor]) -> None:
+    """Checks the encoder in a safetensors file. Nothing larger than what is expected is read.
+
+    Args:
+        path (`str`): The file.
+        expected (`Mapping[str, torch.Tensor]`): The encoder's state, by name within the encoder; only shapes are used.
+
+    Raises:
+        ValueError: The file can't be read, or holds another encoder, or NaN or infinite values.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = {key.rpartition(ENCODER_KEY)[2]: key for key in file.keys() if ENCODER_KEY in key}
+            shapes = {name: tuple(file.get_slice(key).get_shape()) for name, key in names.items()}
+            _check_shapes(shapes, expected, path)
+            check_values({name: file.get_tensor(key) for name, key in names.items()}, path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a readable safetensors file (truncated or damaged?): {error}") from error
+
+
+def check_state(state: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
+    """Checks the encoder in an adapter's state dict, as [`check_file`] does."""
+    found = {key.rpartition(ENCODER_KEY)[2]: value for key, value in state.items() if ENCODER_KEY in key}
+    _check_shapes({name: tuple(value.shape) for name, value in found.items()}, expected, "The adapter's state")
+    check_values(found, "The adapter's state")
+
+
+def check_values(tensors: Mapping[str, torch.Tensor], where: str) -> None:
+    """Raises `ValueError` if a tensor has NaN or infinite values."""
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{where}: {name!r} of the prompt encoder holds NaN or infinite values.")
+
+
+def _check_shapes(found: Mapping[str, tuple], expected: Mapping[str, torch.Tensor], where: str) -> None:
+    if not found:
+        raise ValueError(f"{where} holds no P-tuning prompt.")
+    if missing := sorted(expected.keys() - found.keys()):
+        raise ValueError(f"{where} lacks {missing} of the prompt encoder that its config asks for.")
+    if unexpected := sorted(found.keys() - expected.keys()):
+        raise ValueError(f"{where} holds {unexpected}, which the prompt encoder of its config does not have.")
+    for name, tensor in expected.items():
+        if found[name] != tuple(tensor.shape):
+            raise ValueError(
+                f"{where}: {name!r} of the prompt encoder has shape {found[name]}, expected {tuple(tensor.shape)}. "
+                "The adapter was made for a model of another width, or for another config."
+            )

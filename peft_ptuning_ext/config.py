@@ -1,0 +1,208 @@
+# SPDX-FileCopyrightText: 2026 The peft_ptuning_ext authors
+# SPDX-License-Identifier: Apache-2.0
+"""`PTuningConfig`: every field of the method and all of their validation."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import Optional, Union
+
+from peft import PeftConfig, PeftType, PromptTuningInit
+from transformers import PreTrainedTokenizerBase
+
+from .checkpoint import CheckpointSource
+from .registration import PEFT_TYPE_NAME
+
+
+class PromptEncoderType(str, enum.Enum):
+    """What produces the prompt from the trainable parameters. See [`PTuningConfig`]."""
+
+    NONE = "NONE"
+    MLP = "MLP"
+    LSTM = "LSTM"
+    RESIDUAL = "RESIDUAL"
+
+
+# Bounded, so that the network stays within a few tens of prompts of 20 vectors at any width.
+DEFAULT_HIDDEN_SIZE = {PromptEncoderType.MLP: 128, PromptEncoderType.LSTM: 64, PromptEncoderType.RESIDUAL: 128}
+DEFAULT_NUM_LAYERS = {PromptEncoderType.MLP: 2, PromptEncoderType.LSTM: 2, PromptEncoderType.RESIDUAL: 1}
+
+
+@dataclass
+class PTuningConfig(PeftConfig):
+    """Configuration of P-tuning with the prompt hidden inside the backbone ([`PTuningModel`]).
+
+    The field names are those of PEFT's [`~peft.PromptEncoderConfig`] and [`~peft.PromptTuningConfig`]. The method is
+    that of "GPT Understands, Too" (Liu et al., 2021, https://huggingface.co/papers/2103.10385, section 3); plain
+    vectors without a network are those of Lester et al., 2021 (https://huggingface.co/papers/2104.08691).
+
+    Args:
+        num_virtual_tokens (`int`, defaults to 20):
+            Number V of trainable vectors in front of the input embeddings; at least 1.
+        encoder_reparameterization_type (`PromptEncoderType` or `str`, *optional*):
+            What the trainable parameters go through to become the prompt. `"NONE"`: nothing, they are the prompt.
+            `"MLP"`: a perceptron, as in PEFT. `"LSTM"`: a bidirectional LSTM and a perceptron, as in the P-tuning
+            paper (section 3.2) and PEFT. `"RESIDUAL"`: a bottleneck with LayerNorm and a skip connection, shared by
+            the V vectors, as in Residual Prompt Tuning (Razdaibiedina et al., 2023,
+            https://huggingface.co/papers/2305.03937, section 3). Where nothing is given: `"NONE"`, or `"MLP"` (PEFT's
+            default) if any other `encoder_*` field is given.
+        encoder_hidden_size (`int`, *optional*):
+            Width of the network; the bottleneck of `"RESIDUAL"`. Defaults to 128, for `"LSTM"` to 64 per direction.
+        encoder_num_layers (`int`, *optional*):
+            Hidden layers of `"MLP"` (default 2, PEFT's shape) and `"RESIDUAL"` (default 1, the paper's shape), stacked
+            layers of `"LSTM"` (default 2).
+        encoder_dropout (`float`, defaults to 0.0):
+            Dropout probability in the network, 0 ≤ p < 1: after each hidden layer of `"MLP"` and `"RESIDUAL"`,
+            between the stacked layers of `"LSTM"` (which therefore needs at least 2 of them).
+        prompt_tuning_init (`PromptTuningInit` or `str`, defaults to `"RANDOM"`):
+            Where the prompt starts, whatever the encoder. `"RANDOM"`: normal vectors with the mean and standard
+            deviation of the model's own embeddings. `"SAMPLE_VOCAB"`: the embeddings of V random tokens. `"TEXT"`:
+            the embeddings of `prompt_tuning_init_text`, repeated or cut to V tokens, no special tokens added.
+        prompt_tuning_init_text (`str`, *optional*):
+            The text of `"TEXT"`.
+        tokenizer_name_or_path (`str` or [`~transformers.PreTrainedTokenizerBase`], *optional*):
+            The tokenizer of `"TEXT"`, by name or as an object (of which the name is kept in the field). It is only
+            used for a config that the caller has made: a config that comes from a file never makes anything fetch or
+            run a tokenizer, its prompt starts at `"RANDOM"` and gets its values from the weights beside it.
+        modules_to_save (`list[str]`, *optional*):
+            Names of modules besides the prompt to train and save in full, such as a task head. PEFT adds the
+            classification head by itself for the task types SEQ_CLS, TOKEN_CLS and QUESTION_ANS.
+        task_type (`TaskType` or `str`, *optional*), inference_mode (`bool`, defaults to `False`):
+            As in [`~peft.PeftConfig`]. With `inference_mode=True` the prompt is frozen.
+
+    Raises:
+        ValueError: A value is outside its range, or a field has no meaning for the chosen encoder or start.
+        TypeError: A value has the wrong type.
+    """
+
+    num_virtual_tokens: int = field(default=20)
+    encoder_reparameterization_type: Optional[Union[str, PromptEncoderType]] = field(default=None)
+    encoder_hidden_size: Optional[int] = field(default=None)
+    encoder_num_layers: Optional[int] = field(default=None)
+    encoder_dropout: float = field(default=0.0)
+    prompt_tuning_init: Union[str, PromptTuningInit] = field(default=PromptTuningInit.RANDOM)
+    prompt_tuning_init_text: Optional[str] = field(default=None)
+    tokenizer_name_or_path: Optional[str] = field(default=None)
+    modules_to_save: Optional[list[str]] = field(default=None)
+
+    # Read by PEFT's injection on every config. They are no fields: which module is adapted follows from the model.
+    target_modules = None
+    target_parameters = None
+
+    def __post_init__(self):
+        # `save_pretrained` writes the type and a caller has no reason to: this tells a file's config from a caller's.
+        self._from_file = self.peft_type is not None
+        self._source: Optional[CheckpointSource] = None
+        self._tokenizer: Optional[PreTrainedTokenizerBase] = None
+        super().__post_init__()
+        if self.peft_type not in (None, PEFT_TYPE_NAME):
+            raise ValueError(f"`peft_type` of a PTuningConfig is {PEFT_TYPE_NAME!r}, got {self.peft_type!r}.")
+        self.peft_type = PeftType(PEFT_TYPE_NAME)
+        if not isinstance(self.inference_mode, bool):
+            raise TypeError(f"`inference_mode` must be a bool, got {self.inference_mode!r}.")
+        _check_int("num_virtual_tokens", self.num_virtual_tokens)
+        self._check_modules_to_save()
+        self._resolve_encoder()
+        self._check_init()
+
+    def _check_modules_to_save(self) -> None:
+        names = self.modules_to_save
+        if names is None:
+            return
+        if isinstance(names, (set, tuple)):
+            names = self.modules_to_save = sorted(names)
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise TypeError(f"`modules_to_save` must be a list of module names, got {names!r}.")
+
+    def _resolve_encoder(self) -> None:
+        network_fields = {
+            "encoder_hidden_size": self.encoder_hidden_size is not None,
+            "encoder_num_layers": self.encoder_num_layers is not None,
+            "encoder_dropout": self.encoder_dropout != 0,
+        }
+        given = [name for name, is_given in network_fields.items() if is_given]
+        encoder = self.encoder_reparameterization_type
+        if encoder is None:
+            encoder = PromptEncoderType.MLP if given else PromptEncoderType.NONE
+        encoder = _check_choice("encoder_reparameterization_type", encoder, PromptEncoderType)
+        self.encoder_reparameterization_type = encoder
+
+        if isinstance(self.encoder_dropout, bool) or not isinstance(self.encoder_dropout, (int, float)):
+            raise TypeError(f"`encoder_dropout` must be a float, got {self.encoder_dropout!r}.")
+        if not 0 <= self.encoder_dropout < 1:
+            raise ValueError(f"`encoder_dropout` must be at least 0 and below 1, got {self.encoder_dropout}.")
+        if encoder is PromptEncoderType.NONE:
+            if given:
+                raise ValueError(
+                    f"{', '.join(f'`{name}`' for name in given)} has no meaning with "
+                    "encoder_reparameterization_type='NONE', which has no network. "
+                    "Leave it out or choose 'MLP', 'LSTM' or 'RESIDUAL'."
+                )
+            return
+        if self.encoder_hidden_size is None:
+            self.encoder_hidden_size = DEFAULT_HIDDEN_SIZE[encoder]
+        if self.encoder_num_layers is None:
+            self.encoder_num_layers = DEFAULT_NUM_LAYERS[encoder]
+        _check_int("encoder_hidden_size", self.encoder_hidden_size)
+        _check_int("encoder_num_layers", self.encoder_num_layers)
+        if encoder is PromptEncoderType.LSTM and self.encoder_dropout and self.encoder_num_layers < 2:
+            raise ValueError(
+                "`encoder_dropout` of the LSTM lies between its stacked layers, and `encoder_num_layers` is 1. "
+                "Use at least 2 layers or no dropout."
+            )
+
+    def _check_init(self) -> None:
+        self.prompt_tuning_init = _check_choice("prompt_tuning_init", self.prompt_tuning_init, PromptTuningInit)
+        if isinstance(self.tokenizer_name_or_path, PreTrainedTokenizerBase):
+            self._tokenizer = self.tokenizer_name_or_path
+            self.tokenizer_name_or_path = self._tokenizer.name_or_path
+        for name in ("prompt_tuning_init_text", "tokenizer_name_or_path"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                raise TypeError(f"`{name}` must be a string, got {type(value).__name__}.")
+            if value is not None and self.prompt_tuning_init is not PromptTuningInit.TEXT:
+                raise ValueError(
+                    f"`{name}` is only used with prompt_tuning_init='TEXT', got "
+                    f"prompt_tuning_init={self.prompt_tuning_init.value!r}."
+                )
+        if self.prompt_tuning_init is PromptTuningInit.TEXT and not self._from_file:
+            if not self.prompt_tuning_init_text:
+                raise ValueError(
+                    "prompt_tuning_init='TEXT' needs a non-empty `prompt_tuning_init_text`, "
+                    f"got {self.prompt_tuning_init_text!r}."
+                )
+            if self._tokenizer is None and not self.tokenizer_name_or_path:
+                raise ValueError(
+                    "prompt_tuning_init='TEXT' needs `tokenizer_name_or_path`: a name, a path or a tokenizer."
+                )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: Optional[str] = None, **kwargs):
+        """Loads a saved config. See [`~peft.PeftConfig.from_pretrained`].
+
+        The config remembers where it came from, so that the weights beside it are checked before a model is changed.
+        A `.bin` pickle of weights is only accepted with `use_safetensors=False`.
+        """
+        use_safetensors = kwargs.pop("use_safetensors", True)
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        download_kwargs, _, _ = cls._split_kwargs(kwargs)
+        config._source = CheckpointSource(
+            str(pretrained_model_name_or_path), subfolder, use_safetensors is not False, download_kwargs
+        )
+        return config
+
+
+def _check_int(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"`{name}` must be an int, got {value!r} of type {type(value).__name__}.")
+    if value < 1:
+        raise ValueError(f"`{name}` must be at least 1, got {value}.")
+
+
+def _check_choice(name: str, value: object, choices: type[enum.Enum]) -> enum.Enum:
+    try:
+        return choices(value)
+    except ValueError:
+        allowed = ", ".join(repr(choice.value) for choice in choices)
+        raise ValueError(f"`{name}` must be one of {allowed}, got {value!r}.") from None

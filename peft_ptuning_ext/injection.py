@@ -1,0 +1,272 @@
+# SPDX-FileCopyrightText: 2026 The peft_ptuning_ext authors
+# SPDX-License-Identifier: Apache-2.0
+"""Puts the prompt in front inside the backbone and takes its positions off again on the way out.
+
+Tensor functions first, then the hooks. The hooks take everything from the module they are called with and keep no
+state between calls, so that a copied, pickled or replicated model, and several threads on one model, are right.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+import torch
+from torch import nn
+from transformers import Cache
+
+from .backbone import Backbone, pool
+from .layer import PTuningLayer
+
+
+# Per-token inputs that get the prompt's columns, and those that are not read at the backbone's positions.
+WIDENED_INPUTS = frozenset({"input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids"})
+UNTOUCHED_INPUTS = frozenset({"encoder_hidden_states", "encoder_attention_mask", "labels", "shift_labels"})
+# Arguments that describe several texts packed in one row, of which only the first would get the prompt.
+PACKING_INPUTS = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"})
+
+# Attribute with which a cache says which adapter's prompt it holds in front of the user's tokens: (name, V).
+CACHE_MARK = "ptuning_prompt"
+
+
+def widen_embeds(prompt: torch.Tensor, inputs_embeds: torch.Tensor) -> torch.Tensor:
+    """[P; E(x)]: prompt (V, H) in front of inputs_embeds (B, S, H), in the latter's dtype → (B, V+S, H)."""
+    prompt = prompt.to(device=inputs_embeds.device, dtype=inputs_embeds.dtype)
+    return torch.cat([prompt.expand(inputs_embeds.shape[0], -1, -1), inputs_embeds], dim=1)
+
+
+def widen_per_token(values: torch.Tensor, length: int, fill: int) -> torch.Tensor:
+    """`length` columns of `fill` in front of a per-token input such as a mask: (B, S) → (B, V+S)."""
+    return torch.cat([values.new_full((values.shape[0], length), fill), values], dim=1)
+
+
+def widen_positions(positions: torch.Tensor, length: int, first: int = 0) -> torch.Tensor:
+    """first … first+V-1 for the prompt, V + `positions` for the user: (…, B, S) → (…, B, V+S).
+
+    Leading dimensions, as of multimodal rotary positions (3, B, S), all get the prompt's positions.
+    """
+    prompt = torch.arange(first, first + length, device=positions.device, dtype=positions.dtype)
+    return torch.cat([prompt.expand(*positions.shape[:-1], length), positions + length], dim=-1)
+
+
+def count_positions(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Positions that count the unmasked tokens only, as `generate` makes them: (B, S) → (B, S); masked ones get 0."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def trim(value: Any, batch_size: int, total: int, length: int) -> Any:
+    """Takes the prompt's positions off an output of a backbone, whatever its nesting.
+
+    Args:
+        value (`Any`):
+            (B, V+S, …) tensors lose their first V positions, (B·(V+S), E) router logits their first V rows of each
+            sequence; tuples and lists are walked; attention maps (B, heads, V+S, V+S) and all else are left alone.
+        batch_size (`int`): B.
+        total (`int`): V + S.
+        length (`int`): V.
+    """
+    if isinstance(value, torch.Tensor):
+        if value.dim() == 3 and value.shape[1] == total:
+            return value[:, length:]
+        if value.dim() == 2 and value.shape[0] == batch_size * total:
+            return value.unflatten(0, (batch_size, total))[:, length:].flatten(0, 1)
+        return value
+    if type(value) in (tuple, list):
+        return type(value)(trim(item, batch_size, total, length) for item in value)
+    return value
+
+
+def attach(model: nn.Module, backbone: Backbone) -> list[torch.utils.hooks.RemovableHandle]:
+    """Registers the hooks on the backbone (and the decoder that attends to it); their handles undo it."""
+    stack = model.get_submodule(backbone.name)
+    handles = [
+        stack.register_forward_pre_hook(_Widen(backbone), with_kwargs=True),
+        stack.register_forward_hook(_Trim(backbone), with_kwargs=True),
+    ]
+    if backbone.decoder is not None:
+        decoder = model.get_submodule(backbone.decoder)
+        handles.append(decoder.register_forward_pre_hook(_widen_memory_mask, with_kwargs=True))
+    return handles
+
+
+def find_layer(stack: nn.Module, backbone: Backbone) -> PTuningLayer:
+    """Returns the tuner layer of a backbone module."""
+    layer = stack.get_submodule(backbone.embedding)
+    if not isinstance(layer, PTuningLayer):
+        raise ValueError(
+            f"The input embedding of {type(stack).__name__} was replaced after the P-tuning adapter was added. "
+            "Resize or replace embeddings first and add the adapter then."
+        )
+    return layer
+
+
+class _Widen:
+    """Forward pre-hook of the backbone: puts the prompt into its inputs."""
+
+    def __init__(self, backbone: Backbone):
+        self.backbone = backbone
+
+    def __call__(self, stack: nn.Module, args: tuple, kwargs: dict) -> Optional[tuple[tuple, dict]]:
+        layer = find_layer(stack, self.backbone)
+        adapter_name = layer.prompted_adapter
+        inputs = {**dict(zip(self.backbone.parameters, args)), **kwargs}
+        cache = inputs.get("past_key_values")
+        past = cache.get_seq_length() if isinstance(cache, Cache) else 0
+        if past:
+            _check_cache(cache, adapter_name)
+        if adapter_name is None:
+            return None
+        input_ids, inputs_embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
+        if (input_ids is None) == (inputs_embeds is None):
+            return None  # the model has its own error for this
+        batch_size, user_length = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+        self._check(stack, inputs, batch_size, user_length)
+        if past:
+            return (), self._widen_step(inputs, user_length, past, getattr(cache, CACHE_MARK)[1])
+
+        prompt = layer.prompt(adapter_name)
+        self._check_length(stack, user_length, len(prompt))
+        if inputs_embeds is None:
+            inputs_embeds = layer(input_ids.view(-1, user_length))
+        if isinstance(cache, Cache):
+            setattr(cache, CACHE_MARK, (adapter_name, len(prompt)))
+        return (), self._widen_first(inputs, prompt, inputs_embeds)
+
+    def _widen_first(self, inputs: dict, prompt: torch.Tensor, inputs_embeds: torch.Tensor) -> dict:
+        """The inputs of a call that begins a sequence, with the prompt in front."""
+        length = prompt.shape[0]
+        widened = {**inputs, "input_ids": None, "inputs_embeds": widen_embeds(prompt, inputs_embeds)}
+        mask = inputs.get("attention_mask")
+        if mask is not None:
+            widened["attention_mask"] = widen_per_token(mask, length, 1)
+        if inputs.get("token_type_ids") is not None:
+            widened["token_type_ids"] = widen_per_token(inputs["token_type_ids"], length, 0)
+        positions = self._positions(inputs)
+        if positions is not None:
+            widened["position_ids"] = widen_positions(positions, length, self.backbone.first_position)
+        return widened
+
+    def _widen_step(self, inputs: dict, user_length: int, past: int, length: int) -> dict:
+        """The inputs of a call that goes on behind a cache which holds the prompt: nothing is put in front."""
+        widened = dict(inputs)
+        mask = inputs.get("attention_mask")
+        if mask is not None:
+            if mask.shape[1] != past - length + user_length:
+                raise ValueError(
+                    f"The attention mask covers {mask.shape[1]} tokens, but the cache holds {past - length} (besides "
+                    f"{length} virtual ones) and {user_length} are new. A cache filled under a P-tuning adapter "
+                    "counts the prompt: it can't be cropped or continued by `generate`, only by `forward`."
+                )
+            widened["attention_mask"] = widen_per_token(mask, length, 1)
+        positions = self._positions(inputs)
+        if positions is not None:
+            widened["position_ids"] = positions[..., -user_length:] + length
+        return widened
+
+    def _positions(self, inputs: dict) -> Optional[torch.Tensor]:
+        """The user's positions; those that padding does not change if none were given; `None`: the model's own."""
+        positions, mask = inputs.get("position_ids"), inputs.get("attention_mask")
+        if positions is None and mask is not None and self.backbone.is_causal:
+            if "position_ids" in self.backbone.parameters:
+                return count_positions(mask)
+        return positions
+
+    def _check(self, stack: nn.Module, inputs: dict, batch_size: int, user_length: int) -> None:
+        """Refuses what would otherwise be silently wrong."""
+        name = type(stack).__name__
+        mask = inputs.get("attention_mask")
+        if mask is not None and not (isinstance(mask, torch.Tensor) and mask.dim() == 2):
+            kind = f"{mask.dim()}-D mask" if isinstance(mask, torch.Tensor) else type(mask).__name__
+            raise ValueError(
+                f"{name} got an attention mask that has no room for the prompt ({kind}). Pass a 2-D mask (B, S). "
+                "`generate` makes such masks for static caches, which P-tuning does not support yet: "
+                'leave `cache_implementation` at its default or use "dynamic".'
+            )
+        for key, value in inputs.items():
+            if key in WIDENED_INPUTS or key in UNTOUCHED_INPUTS or not isinstance(value, torch.Tensor):
+                continue
+            if value.dim() > 1 and tuple(value.shape[:2]) == (batch_size, user_length) and user_length > 1:
+                raise ValueError(
+                    f"{name} got the per-token input `{key}` of shape {tuple(value.shape)}, for which P-tuning has no "
+                    "rule: what a virtual token's value should be is not known."
+                )
+        if any(inputs.get(key) is not None for key in PACKING_INPUTS) or (
+            self.backbone.is_causal and _is_packed(inputs)
+        ):
+            raise ValueError(
+                f"{name} got several texts packed into one row, of which only the first would see the prompt. "
+                "Pass one text per row, padded, with an attention mask."
+            )
+
+    def _check_length(self, stack: nn.Module, user_length: int, length: int) -> None:
+        limit = self.backbone.max_positions
+        if limit is not None and user_length + length > limit:
+            raise ValueError(
+                f"{length} virtual tokens and {user_length} text tokens are {length + user_length} positions, and "
+                f"{type(stack).__name__} has {limit}. Truncate the text to {limit - length} tokens."
+            )
+
+
+class _Trim:
+    """Forward hook of the backbone: takes the prompt's positions off its outputs.
+
+    The encoder of an encoder-decoder keeps them: its output is what the decoder attends to.
+    """
+
+    def __init__(self, backbone: Backbone):
+        self.backbone = backbone
+
+    def __call__(self, stack: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        layer = find_layer(stack, self.backbone)
+        adapter_name = layer.prompted_adapter
+        inputs_embeds = kwargs.get("inputs_embeds")
+        if adapter_name is None or inputs_embeds is None or self.backbone.decoder is not None:
+            return output
+        batch_size, total = inputs_embeds.shape[:2]
+        cache = kwargs.get("past_key_values")
+        if isinstance(cache, Cache) and cache.get_seq_length() > total:
+            return output  # a later step: nothing was put in front
+        length = layer.prompt_length(adapter_name)
+
+        if isinstance(output, tuple):
+            output = list(output)
+            items, pooled = enumerate(output), 1 if getattr(stack, "pooler", None) is not None else None
+        else:
+            items, pooled = output.items(), "pooler_output"
+        for key, value in list(items):
+            if isinstance(value, Cache):
+                setattr(value, CACHE_MARK, (adapter_name, length))
+            elif key == pooled:
+                if value is not None:
+                    output[key] = pool(stack, output[0])
+            else:
+                output[key] = trim(value, batch_size, total, length)
+        return tuple(output) if isinstance(output, list) else output
+
+
+def _widen_memory_mask(decoder: nn.Module, args: tuple, kwargs: dict) -> Optional[tuple[tuple, dict]]:
+    """Forward pre-hook of a decoder: lets it see the prompt that its encoder's output has in front."""
+    memory, mask = kwargs.get("encoder_hidden_states"), kwargs.get("encoder_attention_mask")
+    if memory is None or mask is None or memory.shape[1] <= mask.shape[1]:
+        return None
+    return args, {**kwargs, "encoder_attention_mask": widen_per_token(mask, memory.shape[1] - mask.shape[1], 1)}
+
+
+def _check_cache(cache: Cache, adapter_name: Optional[str]) -> None:
+    """Refuses to go on under one adapter behind a cache that was filled under another."""
+    held = getattr(cache, CACHE_MARK, (None, 0))[0]
+    if held != adapter_name:
+        under = {None: "no adapter"}
+        raise ValueError(
+            f"The cache was filled under {under.get(held, f'adapter {held!r}')}, and now "
+            f"{under.get(adapter_name, f'adapter {adapter_name!r}')} is active. Begin with an empty cache."
+        )
+
+
+def _is_packed(inputs: dict) -> bool:
+    """Whether positions start anew within a row, the way transformers recognises packed texts."""
+    positions = inputs.get("position_ids")
+    if positions is None or positions.dim() != 2 or torch.compiler.is_compiling():
+        return False
+    if inputs.get("attention_mask") is not None or inputs.get("past_key_values") is not None:
+        return False
+    return bool((positions.diff(dim=-1) != 1).any())

@@ -1,0 +1,115 @@
+# SPDX-FileCopyrightText: 2026 The peft_ptuning_ext authors
+# SPDX-License-Identifier: Apache-2.0
+"""The tuner layer: stands around the input embedding and holds one prompt encoder per adapter."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+from peft import PromptTuningInit
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.integrations import gather_params_ctx
+from torch import nn
+from transformers import AutoTokenizer
+
+from .config import PTuningConfig
+from .encoder import build_encoder
+
+
+# How many of the model's embeddings are looked at for their mean and standard deviation.
+SCALE_SAMPLE = 4096
+
+
+class PTuningLayer(nn.Module, BaseTunerLayer):
+    """Passes token ids through to the wrapped embedding and holds the prompts that the backbone's hooks put in front.
+
+    Args:
+        base_layer (`nn.Module`): The model's input embedding, ids (B, S) → (B, S, H).
+    """
+
+    adapter_layer_names = ("ptuning_encoders",)
+
+    def __init__(self, base_layer: nn.Module):
+        super().__init__()
+        self.base_layer = base_layer
+        self.ptuning_encoders = nn.ModuleDict()
+        self._active_adapter = []
+        self.merged_adapters = []
+
+    def forward(self, *args, **kwargs) -> torch.Tensor:
+        return self.base_layer(*args, **kwargs)
+
+    @property
+    def prompted_adapter(self) -> Optional[str]:
+        """Name of the adapter whose prompt is in front now; `None` if there is none or adapters are disabled."""
+        if self.disable_adapters or not self.active_adapters:
+            return None
+        return self.active_adapters[0]
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        if len(names) > 1:
+            raise ValueError(f"Only one P-tuning adapter can be active at a time, got {names}.")
+        super().set_adapter(names, inference_mode=inference_mode)
+
+    def update_layer(self, adapter_name: str, config: PTuningConfig) -> None:
+        """Adds the encoder of a new adapter. Its prompt starts where `config` says, unless it is made on meta."""
+        encoder = build_encoder(config, self.get_base_layer().embedding_dim)
+        if self.weight.is_meta:
+            encoder = encoder.to("meta")
+        elif not encoder.embedding.is_meta:  # low_cpu_mem_usage: the values come with the checkpoint
+            encoder.start_at(self._start(config))
+        self.ptuning_encoders[adapter_name] = encoder
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: Optional[torch.device] = None
+    ) -> None:
+        # PEFT's own also casts to the base's dtype, which would round a float32 prompt on its way into a bf16 model.
+        device = device or self.weight.device
+        if device.type != "meta" and not any(p.is_meta for p in self.ptuning_encoders[adapter_name].parameters()):
+            self.ptuning_encoders[adapter_name].to(device)
+
+    def prompt_length(self, adapter_name: str) -> int:
+        """Returns V of the adapter."""
+        return self.ptuning_encoders[adapter_name].num_virtual_tokens
+
+    def prompt(self, adapter_name: str) -> torch.Tensor:
+        """Returns the adapter's prompt, shape (V, H), in its encoder's dtype."""
+        return self.ptuning_encoders[adapter_name]()
+
+    def _start(self, config: PTuningConfig) -> torch.Tensor:
+        """The vectors at which the prompt starts, shape (V, H), float32 on the CPU."""
+        length = config.num_virtual_tokens
+        vocabulary = self.get_base_layer().num_embeddings
+        if config.prompt_tuning_init == PromptTuningInit.SAMPLE_VOCAB:
+            return self._embed(torch.randint(vocabulary, (length,)))
+        if config.prompt_tuning_init == PromptTuningInit.TEXT and not config._from_file:
+            return self._embed(_text_ids(config, vocabulary))
+        # Evenly spread ids rather than random ones: the scale is that of the model and not of a draw.
+        sample = self._embed(torch.linspace(0, vocabulary - 1, min(vocabulary, SCALE_SAMPLE)).long())
+        return sample.mean() + sample.std() * torch.randn(length, sample.shape[-1])
+
+    @torch.no_grad()
+    def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Embeddings of `token_ids` (N,) as the model's first layer sees them: (N, H), float32 on the CPU."""
+        with gather_params_ctx(self.base_layer.parameters()):
+            return self.base_layer(token_ids.to(self.weight.device)).float().cpu()
+
+
+def _text_ids(config: PTuningConfig, vocabulary: int) -> torch.Tensor:
+    """The token ids of the config's text, repeated or cut to V: shape (V,)."""
+    tokenizer = config._tokenizer
+    if tokenizer is None:
+        tokenizer = AutoTokenizer.from_pretrained(config.tokenizer_name_or_path, trust_remote_code=False)
+    ids = tokenizer(config.prompt_tuning_init_text, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise ValueError(f"`prompt_tuning_init_text` {config.prompt_tuning_init_text!r} has no tokens.")
+    if max(ids) >= vocabulary:
+        raise ValueError(
+            f"The tokenizer gives id {max(ids)}, and the model has {vocabulary} embeddings: "
+            "`tokenizer_name_or_path` is not this model's tokenizer."
+        )
+    repeats = -(-config.num_virtual_tokens // len(ids))
+    return torch.tensor((ids * repeats)[: config.num_virtual_tokens])

@@ -1,0 +1,197 @@
+# SPDX-FileCopyrightText: 2026 The peft_ptuning_ext authors
+# SPDX-License-Identifier: Apache-2.0
+"""`PTuningModel`: which module is adapted, and the life of adapters: add, switch, delete, unload."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from .backbone import Backbone, find_backbone
+from .checkpoint import ENCODER_KEY, check_file, check_state
+from .config import PTuningConfig
+from .encoder import build_encoder
+from .injection import attach
+from .layer import PTuningLayer
+from .registration import PREFIX
+
+
+class PTuningModel(BaseTuner):
+    """P-tuning with the prompt hidden inside the backbone: everything outside sees the user's tokens only.
+
+    The input embedding is wrapped by a [`PTuningLayer`], and hooks on the transformer stack above it put the prompt in
+    front of its inputs and take its positions off its outputs. Of the outputs, `attentions` keep the prompt's columns,
+    and so does what an encoder hands to its decoder (`encoder_last_hidden_state`, `encoder_hidden_states`,
+    `cross_attentions`).
+
+    Args:
+        model (`nn.Module`): The model to adapt, in place: a transformers model or a module that holds one.
+        peft_config ([`PTuningConfig`] or `dict[str, PTuningConfig]`): The config, or one by adapter name.
+        adapter_name (`str`): Name of the adapter.
+        low_cpu_mem_usage (`bool`, defaults to `False`): Make the encoder on the meta device, to be loaded into.
+        state_dict (`dict`, *optional*): Not needed; accepted as for other tuners.
+
+    Raises:
+        ValueError:
+            P-tuning can't work on this model, has this adapter already, or the weights that came with the config don't
+            fit. The model is then as it was.
+    """
+
+    prefix: str = PREFIX
+    tuner_layer_cls = PTuningLayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def __init__(self, model, peft_config, adapter_name, low_cpu_mem_usage=False, state_dict=None) -> None:
+        if isinstance(model, PeftModel):
+            raise ValueError(
+                "The model is a PeftModel already. Add a further adapter with `model.add_adapter(name, config)`, or get "
+                "the base model back with `model.unload()` first."
+            )
+        if adapter_name in getattr(model, "peft_config", {}):
+            raise ValueError(
+                f"The model has an adapter named {adapter_name!r} already. Choose another name, or get the base model "
+                "back with `unload()` first."
+            )
+        super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict)
+
+    def prompt_embeddings(self, adapter_name: Optional[str] = None) -> torch.Tensor:
+        """Returns the prompt that enters the model, whatever the encoder: shape (V, H), in the embedding's dtype.
+
+        Args:
+            adapter_name (`str`, *optional*): Which adapter; by default the active one.
+
+        Raises:
+            ValueError: There is no adapter of this name, or none is active.
+        """
+        layer = self._layer()
+        if adapter_name is None:
+            if not layer.active_adapters:
+                raise ValueError("No adapter is active. Name one of " + f"{list(self.peft_config)}.")
+            adapter_name = layer.active_adapters[0]
+        if adapter_name not in layer.ptuning_encoders:
+            raise ValueError(f"There is no adapter {adapter_name!r}, only {list(self.peft_config)}.")
+        prompt = layer.prompt(adapter_name)
+        return prompt.to(layer.weight.dtype) if layer.weight.is_floating_point() else prompt
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        if unknown := [name for name in names if name not in self.peft_config]:
+            raise ValueError(f"There is no adapter {unknown[0]!r}, only {list(self.peft_config)}.")
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def inject_adapter(self, model, adapter_name, *args, **kwargs) -> None:
+        requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        is_first = not _has_layer(model)
+        if is_first:
+            self._requires_grad_before = requires_grad
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except Exception:
+            if is_first:
+                _take_out(model)
+            else:
+                _take_out_adapter(model, adapter_name)
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(requires_grad[name])
+            raise
+
+    def _prepare_adapter_config(self, peft_config: PTuningConfig, model_config: dict) -> PTuningConfig:
+        """All checks of the model and of the weights that came with the config, before anything is changed."""
+        backbone = self._backbone = find_backbone(self.model)
+        length, limit = peft_config.num_virtual_tokens, backbone.max_positions
+        if limit is not None and length >= limit:
+            raise ValueError(
+                f"`num_virtual_tokens` is {length}, and {type(self.model).__name__} has {limit} positions for the "
+                "prompt and the text together."
+            )
+        source, peft_config._source = peft_config._source, None
+        if source is not None and (path := source.find()) is not None:
+            with torch.device("meta"):
+                expected = build_encoder(peft_config, backbone.width).state_dict()
+            check_file(path, expected)
+        return peft_config
+
+    def _check_target_module_exists(self, peft_config: PTuningConfig, key: str) -> bool:
+        return key == self._backbone.embedding_path
+
+    def _create_and_replace(
+        self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
+    ) -> None:
+        if not isinstance(target, PTuningLayer):
+            target = PTuningLayer(target)
+            setattr(parent, target_name, target)
+            target.hook_handles = attach(self.model, self._backbone)
+        target.update_layer(adapter_name, peft_config)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        # PEFT's own casts parameters only; an encoder's constant is a buffer.
+        layer = self._layer()
+        encoder = layer.ptuning_encoders[adapter_name]
+        if autocast_adapter_dtype:
+            encoder.float()
+        elif layer.weight.is_floating_point():
+            encoder.to(layer.weight.dtype)
+
+    def _check_merge_allowed(self) -> None:
+        raise ValueError(
+            "A prompt can't be merged: it is a part of the input and changes no weight of the base model. "
+            "`unload()` returns the base model without it."
+        )
+
+    def _unload_and_optionally_merge(self, merge=True, progressbar=False, safe_merge=False, adapter_names=None):
+        if merge:
+            self._check_merge_allowed()
+        _take_out(self.model)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(self._requires_grad_before.get(name, parameter.requires_grad))
+        if hasattr(self.model, "peft_config"):
+            del self.model.peft_config
+        return self.model
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # PEFT's own looks for the name at the end only; an encoder's parameters lie deeper.
+        return key.replace(f"{ENCODER_KEY}{adapter_name}.", ENCODER_KEY, 1)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        encoder = next(m for m in model.modules() if isinstance(m, PTuningLayer)).ptuning_encoders[adapter_name]
+        check_state(state_dict, encoder.state_dict())
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+    def _layer(self) -> PTuningLayer:
+        return next(module for module in self.model.modules() if isinstance(module, PTuningLayer))
+
+
+def _has_layer(model: nn.Module) -> bool:
+    return any(isinstance(module, PTuningLayer) for module in model.modules())
+
+
+def _take_out(model: nn.Module) -> None:
+    """Removes the hooks, the tuner layer and the copies of trained modules: the base model as it came."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, PTuningLayer):
+            for handle in module.hook_handles:
+                handle.remove()
+            _replace(model, name, module.base_layer)
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            _replace(model, name, module.original_module)
+
+
+def _take_out_adapter(model: nn.Module, adapter_name: str) -> None:
+    """Removes what a failed injection has left of one adapter beside others."""
+    for module in model.modules():
+        if isinstance(module, PTuningLayer) and adapter_name in module.ptuning_encoders:
+            del module.ptuning_encoders[adapter_name]
+        elif isinstance(module, AuxiliaryTrainingWrapper) and adapter_name in module._adapters:
+            module.delete_adapter(adapter_name, new_active_adapters=None)
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
