@@ -22,7 +22,7 @@ POOLERS: dict[str, Callable[[nn.Module, torch.Tensor], torch.Tensor]] = {
 
 # Parameters of a backbone's `forward` with which a prompt in front can't be right, and why.
 REFUSED_PARAMETERS: dict[str, str] = {
-    "per_layer_inputs": "its layers read embeddings of the token ids besides the input embedding, and a prompt has none",
+    "per_layer_inputs": "its layers read more embeddings of the token ids, and a prompt has no ids",
     "cache_params": "it keeps a recurrent state instead of a key-value cache, from which the prompt can't be told",
     "state": "it keeps a recurrent state instead of a key-value cache, from which the prompt can't be told",
     "mems": "it keeps memories instead of a key-value cache, from which the prompt can't be told",
@@ -43,6 +43,7 @@ class Backbone:
         width (`int`): Width H of the input embedding.
         parameters (`tuple[str, ...]`): Names of the positional parameters of the backbone's `forward`.
         is_causal (`bool`): Whether its attention looks back only.
+        is_local (`bool`): Whether some of its layers look back a limited number of columns, or carry a state along.
         first_position (`int`): The position that the backbone gives to its first token.
         max_positions (`int`, *optional*): How many tokens its table of positions holds; `None` if it has no table.
         decoder (`str`, *optional*):
@@ -54,6 +55,7 @@ class Backbone:
     width: int
     parameters: tuple[str, ...]
     is_causal: bool
+    is_local: bool
     first_position: int
     max_positions: Optional[int]
     decoder: Optional[str]
@@ -81,7 +83,10 @@ def find_backbone(model: nn.Module) -> Backbone:
     """
     prefix, pretrained = _outermost_pretrained(model)
     decoder = None
-    if getattr(pretrained.config, "is_encoder_decoder", False) and (stack := _stack(pretrained, "decoder")) is not None:
+    if (
+        getattr(pretrained.config, "is_encoder_decoder", False)
+        and (stack := _stack(pretrained, "decoder")) is not None
+    ):
         encoder = _stack(pretrained, "encoder")
         if encoder is None or encoder is stack:
             raise _refusal(pretrained, "it is an encoder-decoder without an encoder of its own")
@@ -109,9 +114,10 @@ def find_backbone(model: nn.Module) -> Backbone:
     return Backbone(
         name=".".join(part for part in (prefix, name) if part),
         embedding=paths[0][len(name) :].lstrip("."),
-        width=embedding.embedding_dim,
+        width=_table(embedding).embedding_dim,
         parameters=tuple(p for p in parameters if p != "kwargs"),
         is_causal=_is_causal(backbone),
+        is_local=_is_local(backbone),
         first_position=first_position,
         max_positions=max_positions,
         decoder=decoder,
@@ -161,11 +167,18 @@ def _input_embedding(model: PreTrainedModel) -> nn.Module:
         embedding = model.get_input_embeddings()
     except NotImplementedError:
         embedding = None
-    embedding = getattr(embedding, "base_layer", embedding)  # of an adapter that is there already
     if embedding is None:
         raise _refusal(model, "it has no input embedding (`get_input_embeddings` finds none)")
-    if not hasattr(embedding, "embedding_dim") or not hasattr(embedding, "num_embeddings"):
-        raise _refusal(model, f"its input embedding is a {type(embedding).__name__}, not a table of token embeddings")
+    table = _table(embedding)
+    if not hasattr(table, "embedding_dim") or not hasattr(table, "num_embeddings"):
+        raise _refusal(model, f"its input embedding is a {type(table).__name__}, not a table of token embeddings")
+    return embedding
+
+
+def _table(embedding: nn.Module) -> nn.Module:
+    """The embedding itself, below whatever adapters stand around it already."""
+    while hasattr(embedding, "base_layer"):
+        embedding = embedding.base_layer
     return embedding
 
 
@@ -174,6 +187,16 @@ def _is_causal(backbone: PreTrainedModel) -> bool:
     if (from_config := getattr(backbone.config, "is_causal", None)) is not None:
         return bool(from_config)
     return any(getattr(module, "is_causal", None) is True for module in backbone.modules())
+
+
+def _is_local(backbone: PreTrainedModel) -> bool:
+    config = backbone.config
+    layer_types = getattr(config, "layer_types", None) or ()
+    return bool(
+        getattr(config, "sliding_window", None)
+        or getattr(config, "attention_chunk_size", None)
+        or any(layer_type != "full_attention" for layer_type in layer_types)
+    )
 
 
 def _positions(backbone: PreTrainedModel) -> tuple[int, Optional[int]]:

@@ -79,7 +79,8 @@ def check_file(path: str, expected: Mapping[str, torch.Tensor]) -> None:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            names = {key.rpartition(ENCODER_KEY)[2]: key for key in file.keys() if ENCODER_KEY in key}
+            keys = list(file.keys())
+            names = {key.rpartition(ENCODER_KEY)[2]: key for key in keys if ENCODER_KEY in key}
             shapes = {name: tuple(file.get_slice(key).get_shape()) for name, key in names.items()}
             _check_shapes(shapes, expected, path)
             check_values({name: file.get_tensor(key) for name, key in names.items()}, path)

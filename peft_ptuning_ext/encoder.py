@@ -7,6 +7,8 @@ A new encoder is one class with one tensor function, `reparameterize`, and a lin
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import nn
 
@@ -66,7 +68,7 @@ class _NetworkEncoder(PromptEncoder):
 def _hidden_layers(sizes: list[int], dropout: float) -> list[nn.Module]:
     """Linear, ReLU and dropout for each step of `sizes`."""
     layers: list[nn.Module] = []
-    for size_in, size_out in zip(sizes, sizes[1:]):
+    for size_in, size_out in pairwise(sizes):
         layers += [nn.Linear(size_in, size_out), nn.ReLU()]
         if dropout:
             layers.append(nn.Dropout(dropout))

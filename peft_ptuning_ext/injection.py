@@ -15,6 +15,7 @@ from torch import nn
 from transformers import Cache
 
 from .backbone import Backbone, pool
+from .cache import forget_prompt, held_prompt, hide_prompt, open_view
 from .layer import PTuningLayer
 
 
@@ -23,9 +24,6 @@ WIDENED_INPUTS = frozenset({"input_ids", "inputs_embeds", "attention_mask", "pos
 UNTOUCHED_INPUTS = frozenset({"encoder_hidden_states", "encoder_attention_mask", "labels", "shift_labels"})
 # Arguments that describe several texts packed in one row, of which only the first would get the prompt.
 PACKING_INPUTS = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"})
-
-# Attribute with which a cache says which adapter's prompt it holds in front of the user's tokens: (name, V).
-CACHE_MARK = "ptuning_prompt"
 
 
 def widen_embeds(prompt: torch.Tensor, inputs_embeds: torch.Tensor) -> torch.Tensor:
@@ -53,25 +51,50 @@ def count_positions(attention_mask: torch.Tensor) -> torch.Tensor:
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
-def trim(value: Any, batch_size: int, total: int, length: int) -> Any:
+def leading_padding(attention_mask: torch.Tensor) -> torch.Tensor:
+    """How many zeros each row of a mask (B, S) begins with: (B, 1)."""
+    return (attention_mask.long().cumsum(-1) == 0).sum(-1, keepdim=True)
+
+
+def columns_behind_padding(padding: torch.Tensor, total: int, length: int) -> torch.Tensor:
+    """Reorders [P; pads; text] to [pads; P; text]: column indices (B, V+S) into the former, given padding (B, 1)."""
+    column = torch.arange(total, device=padding.device)
+    in_padding, in_prompt = column < padding, column < padding + length
+    return torch.where(in_padding, column + length, torch.where(in_prompt, column - padding, column))
+
+
+def user_columns(padding: torch.Tensor, total: int, length: int) -> torch.Tensor:
+    """Where the user's columns are in [pads; P; text]: column indices (B, S), given padding (B, 1)."""
+    column = torch.arange(total - length, device=padding.device)
+    return torch.where(column < padding, column, column + length)
+
+
+def take_columns(values: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Picks columns (B, N) of values (…, B, V+S), or (…, 1, V+S) for all rows alike → (…, B, N)."""
+    return values.take_along_dim(columns.view((1,) * (values.dim() - 2) + columns.shape), dim=-1)
+
+
+def trim(value: Any, batch_size: int, total: int, length: int, columns: Optional[torch.Tensor] = None) -> Any:
     """Takes the prompt's positions off an output of a backbone, whatever its nesting.
 
     Args:
         value (`Any`):
-            (B, V+S, …) tensors lose their first V positions, (B·(V+S), E) router logits their first V rows of each
-            sequence; tuples and lists are walked; attention maps (B, heads, V+S, V+S) and all else are left alone.
+            (B, V+S, …) tensors lose their V positions, (B·(V+S), E) router logits their V rows of each sequence;
+            tuples and lists are walked; attention maps (B, heads, V+S, V+S) and all else are left alone.
         batch_size (`int`): B.
         total (`int`): V + S.
         length (`int`): V.
+        columns (`torch.Tensor`, *optional*): Where the user's columns are, (B, S); by default behind the first V.
     """
     if isinstance(value, torch.Tensor):
         if value.dim() == 3 and value.shape[1] == total:
-            return value[:, length:]
+            return value[:, length:] if columns is None else value.take_along_dim(columns[..., None], dim=1)
         if value.dim() == 2 and value.shape[0] == batch_size * total:
-            return value.unflatten(0, (batch_size, total))[:, length:].flatten(0, 1)
+            rows = value.unflatten(0, (batch_size, total))
+            return trim(rows, batch_size, total, length, columns).flatten(0, 1)
         return value
     if type(value) in (tuple, list):
-        return type(value)(trim(item, batch_size, total, length) for item in value)
+        return type(value)(trim(item, batch_size, total, length, columns) for item in value)
     return value
 
 
@@ -110,9 +133,14 @@ class _Widen:
         adapter_name = layer.prompted_adapter
         inputs = {**dict(zip(self.backbone.parameters, args)), **kwargs}
         cache = inputs.get("past_key_values")
-        past = cache.get_seq_length() if isinstance(cache, Cache) else 0
-        if past:
-            _check_cache(cache, adapter_name)
+        past = 0
+        if isinstance(cache, Cache):
+            inputs["past_key_values"] = open_view(cache)
+            past = inputs["past_key_values"].get_seq_length()
+            if past:
+                _check_cache(cache, adapter_name)
+            else:
+                forget_prompt(cache)  # it was reset
         if adapter_name is None:
             return None
         input_ids, inputs_embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
@@ -121,28 +149,38 @@ class _Widen:
         batch_size, user_length = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
         self._check(stack, inputs, batch_size, user_length)
         if past:
-            return (), self._widen_step(inputs, user_length, past, getattr(cache, CACHE_MARK)[1])
+            length = held_prompt(cache)[1]
+            self._check_length(stack, past + user_length, length)
+            return (), self._widen_step(inputs, user_length, past, length)
 
         prompt = layer.prompt(adapter_name)
-        self._check_length(stack, user_length, len(prompt))
+        self._check_length(stack, user_length + len(prompt), len(prompt))
         if inputs_embeds is None:
             inputs_embeds = layer(input_ids.view(-1, user_length))
         if isinstance(cache, Cache):
-            setattr(cache, CACHE_MARK, (adapter_name, len(prompt)))
+            hide_prompt(cache, adapter_name, len(prompt))
+            inputs["past_key_values"] = open_view(cache)
         return (), self._widen_first(inputs, prompt, inputs_embeds)
 
     def _widen_first(self, inputs: dict, prompt: torch.Tensor, inputs_embeds: torch.Tensor) -> dict:
         """The inputs of a call that begins a sequence, with the prompt in front."""
         length = prompt.shape[0]
         widened = {**inputs, "input_ids": None, "inputs_embeds": widen_embeds(prompt, inputs_embeds)}
-        mask = inputs.get("attention_mask")
-        if mask is not None:
-            widened["attention_mask"] = widen_per_token(mask, length, 1)
-        if inputs.get("token_type_ids") is not None:
-            widened["token_type_ids"] = widen_per_token(inputs["token_type_ids"], length, 0)
         positions = self._positions(inputs)
         if positions is not None:
             widened["position_ids"] = widen_positions(positions, length, self.backbone.first_position)
+        if inputs.get("token_type_ids") is not None:
+            widened["token_type_ids"] = widen_per_token(inputs["token_type_ids"], length, 0)
+        mask = inputs.get("attention_mask")
+        if mask is not None:
+            widened["attention_mask"] = widen_per_token(mask, length, 1)
+            padding = _padding(self.backbone, mask)
+            if padding is not None:
+                columns = columns_behind_padding(padding, mask.shape[1] + length, length)
+                widened["inputs_embeds"] = widened["inputs_embeds"].take_along_dim(columns[..., None], dim=1)
+                for key in ("attention_mask", "position_ids", "token_type_ids"):
+                    if widened.get(key) is not None:
+                        widened[key] = take_columns(widened[key], columns)
         return widened
 
     def _widen_step(self, inputs: dict, user_length: int, past: int, length: int) -> dict:
@@ -152,11 +190,14 @@ class _Widen:
         if mask is not None:
             if mask.shape[1] != past - length + user_length:
                 raise ValueError(
-                    f"The attention mask covers {mask.shape[1]} tokens, but the cache holds {past - length} (besides "
-                    f"{length} virtual ones) and {user_length} are new. A cache filled under a P-tuning adapter "
-                    "counts the prompt: it can't be cropped or continued by `generate`, only by `forward`."
+                    f"The attention mask covers {mask.shape[1]} tokens, but the cache holds {past - length} and "
+                    f"{user_length} are new. Pass a mask of all of the user's tokens, without the virtual ones."
                 )
             widened["attention_mask"] = widen_per_token(mask, length, 1)
+            padding = _padding(self.backbone, mask)
+            if padding is not None:
+                columns = columns_behind_padding(padding, mask.shape[1] + length, length)
+                widened["attention_mask"] = take_columns(widened["attention_mask"], columns)
         positions = self._positions(inputs)
         if positions is not None:
             widened["position_ids"] = positions[..., -user_length:] + length
@@ -165,10 +206,8 @@ class _Widen:
     def _positions(self, inputs: dict) -> Optional[torch.Tensor]:
         """The user's positions; those that padding does not change if none were given; `None`: the model's own."""
         positions, mask = inputs.get("position_ids"), inputs.get("attention_mask")
-        if positions is None and mask is not None and self.backbone.is_causal:
-            if "position_ids" in self.backbone.parameters:
-                return count_positions(mask)
-        return positions
+        counts = self.backbone.is_causal and "position_ids" in self.backbone.parameters
+        return count_positions(mask) if positions is None and mask is not None and counts else positions
 
     def _check(self, stack: nn.Module, inputs: dict, batch_size: int, user_length: int) -> None:
         """Refuses what would otherwise be silently wrong."""
@@ -197,11 +236,11 @@ class _Widen:
                 "Pass one text per row, padded, with an attention mask."
             )
 
-    def _check_length(self, stack: nn.Module, user_length: int, length: int) -> None:
+    def _check_length(self, stack: nn.Module, needed: int, length: int) -> None:
         limit = self.backbone.max_positions
-        if limit is not None and user_length + length > limit:
+        if limit is not None and needed > limit:
             raise ValueError(
-                f"{length} virtual tokens and {user_length} text tokens are {length + user_length} positions, and "
+                f"{length} virtual tokens and {needed - length} text tokens are {needed} positions, and "
                 f"{type(stack).__name__} has {limit}. Truncate the text to {limit - length} tokens."
             )
 
@@ -218,29 +257,36 @@ class _Trim:
     def __call__(self, stack: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         layer = find_layer(stack, self.backbone)
         adapter_name = layer.prompted_adapter
-        inputs_embeds = kwargs.get("inputs_embeds")
-        if adapter_name is None or inputs_embeds is None or self.backbone.decoder is not None:
+        if adapter_name is None or self.backbone.decoder is not None:
             return output
-        batch_size, total = inputs_embeds.shape[:2]
-        cache = kwargs.get("past_key_values")
-        if isinstance(cache, Cache) and cache.get_seq_length() > total:
-            return output  # a later step: nothing was put in front
+        is_tuple = isinstance(output, tuple)
+        output = list(output) if is_tuple else output
         length = layer.prompt_length(adapter_name)
+        keys = range(len(output)) if is_tuple else list(output)
+        for key in keys:
+            if isinstance(output[key], Cache):
+                hide_prompt(output[key], adapter_name, length)
 
-        if isinstance(output, tuple):
-            output = list(output)
-            items, pooled = enumerate(output), 1 if getattr(stack, "pooler", None) is not None else None
-        else:
-            items, pooled = output.items(), "pooler_output"
-        for key, value in list(items):
-            if isinstance(value, Cache):
-                setattr(value, CACHE_MARK, (adapter_name, length))
-            elif key == pooled:
-                if value is not None:
+        if _has_prompt_in_front(kwargs):
+            batch_size, total = kwargs["inputs_embeds"].shape[:2]
+            mask = kwargs.get("attention_mask")
+            padding = None if mask is None else _padding(self.backbone, mask)
+            columns = None if padding is None else user_columns(padding, total, length)
+            pooled = "pooler_output" if not is_tuple else 1 if getattr(stack, "pooler", None) is not None else None
+            for key in keys:
+                if key != pooled:
+                    output[key] = trim(output[key], batch_size, total, length, columns)
+                elif output[key] is not None:
                     output[key] = pool(stack, output[0])
-            else:
-                output[key] = trim(value, batch_size, total, length)
-        return tuple(output) if isinstance(output, list) else output
+        return tuple(output) if is_tuple else output
+
+
+def _has_prompt_in_front(kwargs: dict) -> bool:
+    """Whether the call that ends now began a sequence: the cache holds no more than it was given."""
+    inputs_embeds, cache = kwargs.get("inputs_embeds"), kwargs.get("past_key_values")
+    if inputs_embeds is None:
+        return False
+    return not isinstance(cache, Cache) or open_view(cache).get_seq_length() <= inputs_embeds.shape[1]
 
 
 def _widen_memory_mask(decoder: nn.Module, args: tuple, kwargs: dict) -> Optional[tuple[tuple, dict]]:
@@ -253,13 +299,26 @@ def _widen_memory_mask(decoder: nn.Module, args: tuple, kwargs: dict) -> Optiona
 
 def _check_cache(cache: Cache, adapter_name: Optional[str]) -> None:
     """Refuses to go on under one adapter behind a cache that was filled under another."""
-    held = getattr(cache, CACHE_MARK, (None, 0))[0]
+    held, _ = held_prompt(cache)
     if held != adapter_name:
         under = {None: "no adapter"}
         raise ValueError(
             f"The cache was filled under {under.get(held, f'adapter {held!r}')}, and now "
             f"{under.get(adapter_name, f'adapter {adapter_name!r}')} is active. Begin with an empty cache."
         )
+
+
+def _padding(backbone: Backbone, attention_mask: torch.Tensor) -> Optional[torch.Tensor]:
+    """Padding on the left, (B, 1), where the prompt has to stand behind it; `None` where it may stand in front.
+
+    To full attention it makes no difference. A layer with a window counts columns, and padding between the prompt and
+    the text would push the prompt out of sight.
+    """
+    if not (backbone.is_causal and backbone.is_local):
+        return None
+    if not torch.compiler.is_compiling() and not (attention_mask[:, 0] == 0).any():
+        return None
+    return leading_padding(attention_mask)
 
 
 def _is_packed(inputs: dict) -> bool:

@@ -63,9 +63,7 @@ class PTuningLayer(nn.Module, BaseTunerLayer):
         self.ptuning_encoders[adapter_name] = encoder
         self._move_adapter_to_device_of_base_layer(adapter_name)
 
-    def _move_adapter_to_device_of_base_layer(
-        self, adapter_name: str, device: Optional[torch.device] = None
-    ) -> None:
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Optional[torch.device] = None) -> None:
         # PEFT's own also casts to the base's dtype, which would round a float32 prompt on its way into a bf16 model.
         device = device or self.weight.device
         if device.type != "meta" and not any(p.is_meta for p in self.ptuning_encoders[adapter_name].parameters()):

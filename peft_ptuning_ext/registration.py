@@ -27,6 +27,4 @@ def register(config_cls: type, model_cls: type) -> None:
         mapping.PEFT_TYPE_TO_CONFIG_MAPPING[peft_type] = config_cls
         mapping.PEFT_TYPE_TO_TUNER_MAPPING[peft_type] = model_cls
     else:
-        register_peft_method(
-            name=PEFT_TYPE_NAME.lower(), config_cls=config_cls, model_cls=model_cls, prefix=PREFIX
-        )
+        register_peft_method(name=PEFT_TYPE_NAME.lower(), config_cls=config_cls, model_cls=model_cls, prefix=PREFIX)

@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .backbone import Backbone, find_backbone
+from .backbone import find_backbone
 from .checkpoint import ENCODER_KEY, check_file, check_state
 from .config import PTuningConfig
 from .encoder import build_encoder
@@ -49,8 +49,8 @@ class PTuningModel(BaseTuner):
     def __init__(self, model, peft_config, adapter_name, low_cpu_mem_usage=False, state_dict=None) -> None:
         if isinstance(model, PeftModel):
             raise ValueError(
-                "The model is a PeftModel already. Add a further adapter with `model.add_adapter(name, config)`, or get "
-                "the base model back with `model.unload()` first."
+                "The model is a PeftModel already. Add a further adapter with `model.add_adapter(name, config)`, or "
+                "get the base model back with `model.unload()` first."
             )
         if adapter_name in getattr(model, "peft_config", {}):
             raise ValueError(

@@ -10,6 +10,9 @@ import pytest
 import torch
 
 
+torch.set_num_threads(1)  # the models are tiny, and the suite runs one process per core
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

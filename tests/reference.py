@@ -16,6 +16,7 @@ from contextlib import contextmanager
 import torch
 from families import FAMILIES, PAD
 from torch import nn
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 
@@ -40,13 +41,15 @@ def make_batch(family: str, task: str, lengths: tuple[int, ...] = (S, S - 2), pa
         mask.append(torch.cat([fill * 0, seen] if pad_left else [seen, fill * 0]))
     batch = {"input_ids": torch.stack(ids), "attention_mask": torch.stack(mask)}
     if task == "multiple choice":
-        batch = {key: torch.stack([value, value.flip(0), value], dim=1) for key, value in batch.items()}
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        choices = [torch.where(mask.bool(), (ids + shift) % 90 + 5, ids) for shift in range(3)]
+        batch = {"input_ids": torch.stack(choices, dim=1), "attention_mask": torch.stack([mask] * 3, dim=1)}
     if FAMILIES[family].kind == "encoder-decoder" and task in ("SEQ_2_SEQ_LM", "FEATURE_EXTRACTION"):
         batch["decoder_input_ids"] = torch.randint(5, 99, (len(lengths), 4), generator=generator)
     return batch
 
 
-def make_labels(family: str, task: str, batch: dict) -> dict:
+def make_labels(task: str, batch: dict) -> dict:
     """Labels as a user of the base model would pass them."""
     ids, mask = batch["input_ids"], batch["attention_mask"]
     batch_size = len(ids)
@@ -62,6 +65,17 @@ def make_labels(family: str, task: str, batch: dict) -> dict:
         case "SEQ_2_SEQ_LM":
             return {"labels": batch["decoder_input_ids"].flip(1)}
     return {}
+
+
+def textbook_loss(task: str, outputs, labels: dict) -> torch.Tensor:
+    """The loss of a task, written out."""
+    if task == "QUESTION_ANS":
+        losses = [cross_entropy(outputs[f"{end}_logits"], labels[f"{end}_positions"]) for end in ("start", "end")]
+        return sum(losses) / 2
+    logits, targets = outputs.logits, labels["labels"]
+    if task == "CAUSAL_LM":
+        logits, targets = logits[:, :-1], targets[:, 1:]
+    return cross_entropy(logits.flatten(0, -2), targets.flatten())
 
 
 def main_output(outputs) -> torch.Tensor:
@@ -103,8 +117,7 @@ FAMILIES_CAUSAL = {family.config().model_type: family.kind == "decoder" for fami
 
 def concatenated(base: PreTrainedModel, task: str, prompt: torch.Tensor, batch: dict) -> torch.Tensor:
     """The main output of the base model under explicit concatenation, at the user's positions."""
-    embedding, stack = embedding_and_backbone(base)
-    length = len(prompt)
+    _, stack = embedding_and_backbone(base)
     if base.config.is_encoder_decoder and task != "TOKEN_CLS":
         inputs = concatenated_inputs(base, stack, prompt, batch)
         memory = stack(inputs_embeds=inputs["inputs_embeds"], attention_mask=inputs["attention_mask"])
@@ -113,7 +126,7 @@ def concatenated(base: PreTrainedModel, task: str, prompt: torch.Tensor, batch: 
     if task in POOLED:
         with concatenating(base, prompt):
             return main_output(base(**batch))
-    return main_output(base(**concatenated_inputs(base, stack, prompt, batch)))[:, length:]
+    return main_output(base(**concatenated_inputs(base, stack, prompt, batch)))[:, len(prompt) :]
 
 
 @contextmanager
