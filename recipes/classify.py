@@ -6,6 +6,7 @@ python recipes/classify.py outputs/text_classification/adapter "Could you open t
 """
 
 import argparse
+import warnings
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -13,6 +14,9 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 import peft_ptuning_ext  # noqa: F401  makes the adapter's method known to PEFT
 
+
+# PEFT 0.21 itself reads the old name while it wraps a model.
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 SENTENCES = [
     "Sorry, the last slice of pie was yours and I ate it.",

@@ -1,0 +1,305 @@
+# SPDX-FileCopyrightText: 2026 The peft_ptuning_ext authors
+# SPDX-License-Identifier: Apache-2.0
+"""The life of an adapter on a model: several of them, switching, deleting, dtypes, copies, loading."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+
+import pytest
+import safetensors.torch
+import torch
+from families import make_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from reference import V, main_output, make_batch
+
+from peft_ptuning_ext import PromptEncoderType, PTuningConfig
+
+
+every_encoder = pytest.mark.parametrize("encoder", list(PromptEncoderType))
+models = pytest.mark.parametrize(
+    ("family", "task"), [("BERT", "SEQ_CLS"), ("Llama", "CAUSAL_LM"), ("T5", "SEQ_2_SEQ_LM")]
+)
+
+
+def make_config(task: str, length: int = V, **kwargs) -> PTuningConfig:
+    return PTuningConfig(num_virtual_tokens=length, task_type=task, **kwargs)
+
+
+def make_adapted(family: str, task: str, adapter_name: str = "default", **kwargs) -> PeftModel:
+    return get_peft_model(make_model(family, task), make_config(task, **kwargs), adapter_name=adapter_name).eval()
+
+
+@pytest.fixture(name="out")
+def _out():
+    @torch.no_grad()
+    def output(model, family: str = "BERT", task: str = "SEQ_CLS") -> torch.Tensor:
+        return main_output(model(**make_batch(family, task)))
+
+    return output
+
+
+@models
+def test_several_adapters_of_different_lengths(family, task, out, tmp_path) -> None:
+    model = make_adapted(family, task)
+    first = out(model, family, task)
+    model.add_adapter("longer", make_config(task, V + 4, encoder_reparameterization_type="LSTM"))
+    assert torch.equal(out(model, family, task), first)  # a new adapter is not active yet
+    model.set_adapter("longer")
+    second = out(model, family, task)
+    assert not torch.allclose(first, second)
+    assert model.prompt_embeddings().shape[0] == V + 4
+    assert model.prompt_embeddings("default").shape[0] == V
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trainable
+    assert all(".longer" in name for name in trainable)
+    model.set_adapter("default")
+    assert torch.equal(out(model, family, task), first)
+
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make_model(family, task), tmp_path / "longer", adapter_name="a")
+    loaded.load_adapter(tmp_path, "b")
+    torch.testing.assert_close(out(loaded, family, task), second, rtol=0, atol=1e-6)
+    loaded.set_adapter("b")
+    torch.testing.assert_close(out(loaded, family, task), first, rtol=0, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:Adapter active was active which is now deleted:UserWarning")
+@models
+def test_deleting_an_adapter(family, task, out) -> None:
+    base = out(make_model(family, task), family, task)
+    model = make_adapted(family, task, "active")
+    model.add_adapter("idle", make_config(task, V + 1))
+    model.add_adapter("last", make_config(task, V + 2))
+    active = out(model, family, task)
+    model.delete_adapter("idle")
+    assert torch.equal(out(model, family, task), active)
+    assert not [name for name in model.state_dict() if "idle" in name]
+    with pytest.raises(ValueError, match="idle"):
+        model.set_adapter("idle")
+    model.delete_adapter("active")
+    assert model.active_adapters == ["last"]
+    assert len(model.prompt_embeddings()) == V + 2
+    base_model = model.get_base_model()
+    model.delete_adapter("last")
+    assert torch.equal(out(base_model, family, task), base)
+    assert not [name for name in model.state_dict() if "ptuning_" in name]
+
+
+@models
+def test_nested_disabling(family, task, out) -> None:
+    base = out(make_model(family, task), family, task)
+    model = make_adapted(family, task)
+    enabled = out(model, family, task)
+    with model.disable_adapter():
+        with model.disable_adapter():
+            assert torch.equal(out(model, family, task), base)
+        assert torch.equal(out(model, family, task), base)
+        with pytest.raises(ZeroDivisionError), model.disable_adapter():
+            raise ZeroDivisionError
+        assert torch.equal(out(model, family, task), base)
+    assert torch.equal(out(model, family, task), enabled)
+    assert [p.requires_grad for n, p in model.named_parameters() if "ptuning_" in n] == [True]
+
+
+@every_encoder
+@models
+def test_a_prompt_is_resumed_where_it_stopped(family, task, encoder, tmp_path) -> None:
+    """Saving, loading as trainable and going on equals going on: the encoder is saved whole."""
+
+    def train(model: PeftModel) -> None:
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            main_output(model(**make_batch(family, task))).square().mean().backward()
+            optimizer.step()
+
+    model = make_adapted(family, task, encoder_reparameterization_type=encoder)
+    train(model)
+    model.save_pretrained(tmp_path)
+    resumed = PeftModel.from_pretrained(make_model(family, task), tmp_path, is_trainable=True).eval()
+    for one in (model, resumed):
+        train(one)
+    torch.testing.assert_close(resumed.prompt_embeddings(), model.prompt_embeddings(), rtol=1e-6, atol=1e-7)
+
+
+@every_encoder
+def test_the_exact_set_of_saved_keys(encoder, tmp_path) -> None:
+    make_adapted("BERT", "SEQ_CLS", encoder_reparameterization_type=encoder).save_pretrained(tmp_path)
+    saved = {
+        key.removeprefix("base_model.model.")
+        for key in safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")
+    }
+    embedding = "bert.embeddings.word_embeddings.ptuning_encoders."
+    inside = {key.removeprefix(embedding) for key in saved if key.startswith(embedding)}
+    assert saved - {embedding + key for key in inside} == {"classifier.weight", "classifier.bias"}
+    assert {key.partition(".")[0] for key in inside} == {
+        "NONE": {"embedding"},
+        "MLP": {"embedding", "offset", "mlp"},
+        "LSTM": {"embedding", "offset", "lstm", "mlp"},
+        "RESIDUAL": {"embedding", "offset", "mlp", "norm"},
+    }[encoder.value]
+
+
+@every_encoder
+def test_low_cpu_mem_usage(encoder, out, tmp_path) -> None:
+    model = make_adapted("BERT", "SEQ_CLS", encoder_reparameterization_type=encoder)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make_model("BERT", "SEQ_CLS"), tmp_path, low_cpu_mem_usage=True)
+    assert not [name for name, parameter in loaded.named_parameters() if parameter.is_meta]
+    torch.testing.assert_close(out(loaded), out(model), rtol=0, atol=1e-6)
+    assert torch.equal(loaded.prompt_embeddings(), model.prompt_embeddings())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@every_encoder
+def test_a_float32_prompt_on_a_half_precision_base(encoder, dtype, tmp_path) -> None:
+    base = make_model("Llama", "CAUSAL_LM").to(dtype)
+    config = make_config("CAUSAL_LM", encoder_reparameterization_type=encoder)
+    model = get_peft_model(base, config).eval()
+    encoder_state = {name: value for name, value in model.state_dict().items() if "ptuning_" in name}
+    assert {value.dtype for value in encoder_state.values()} == {torch.float32}
+    assert model.prompt_embeddings().dtype == dtype
+    outputs = model(**make_batch("Llama", "CAUSAL_LM"))
+    assert outputs.logits.dtype == dtype
+    outputs.logits.float().square().mean().backward()
+    gradients = [parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert {gradient.dtype for gradient in gradients} == {torch.float32}
+
+    # What is saved is what is loaded, with no rounding to the base's dtype on the way.
+    model.save_pretrained(tmp_path)
+    for low_cpu_mem_usage in (False, True):
+        base = make_model("Llama", "CAUSAL_LM").to(dtype)
+        loaded = PeftModel.from_pretrained(base, tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+        for name, value in encoder_state.items():
+            assert torch.equal(loaded.state_dict()[name], value), name
+
+    config = make_config("CAUSAL_LM", encoder_reparameterization_type=encoder)
+    base = make_model("Llama", "CAUSAL_LM").to(dtype)
+    half = get_peft_model(base, config, autocast_adapter_dtype=False)
+    assert {value.dtype for name, value in half.state_dict().items() if "ptuning_" in name} == {dtype}
+
+
+@models
+@torch.no_grad()
+def test_autocast(family, task) -> None:
+    model = make_adapted(family, task, encoder_reparameterization_type="MLP")
+    batch = make_batch(family, task)
+    expected = main_output(model(**batch))
+    with torch.autocast("cpu", torch.bfloat16):
+        output = main_output(model(**batch))
+    torch.testing.assert_close(output.float(), expected, rtol=0.1, atol=0.3)
+
+
+@models
+def test_copies_are_independent(family, task, out) -> None:
+    model = make_adapted(family, task, encoder_reparameterization_type="RESIDUAL")
+    expected = out(model, family, task)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(out(twin, family, task), expected)
+        with torch.no_grad():
+            for name, parameter in twin.named_parameters():
+                if name.endswith("default.embedding"):
+                    parameter.add_(1.0)
+        assert not torch.allclose(out(twin, family, task), expected)
+        assert torch.equal(out(model, family, task), expected)
+        base = twin.unload()
+        assert not [m for m in base.modules() if m._forward_pre_hooks or m._forward_hooks]
+        assert torch.equal(out(model, family, task), expected)
+
+
+@models
+def test_state_dict_round_trip(family, task, out) -> None:
+    model = make_adapted(family, task, encoder_reparameterization_type="MLP")
+    other = make_adapted(family, task, encoder_reparameterization_type="MLP")
+    assert not torch.equal(out(other, family, task), out(model, family, task))
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(out(other, family, task), out(model, family, task))
+
+
+def test_threads_share_a_model(out) -> None:
+    model = make_adapted("BERT", "SEQ_CLS")
+    expected = out(model)
+    found: list[torch.Tensor] = []
+
+    def work() -> None:
+        for _ in range(20):
+            found.append(out(model))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 80
+    assert all(torch.equal(one, expected) for one in found)
+
+
+def test_merging_is_refused_with_the_reason(out) -> None:
+    model = make_adapted("BERT", "SEQ_CLS")
+    expected = out(model)
+    for merge in (model.merge_and_unload, model.merge_adapter):
+        with pytest.raises(ValueError, match="A prompt can't be merged: it is a part of the input"):
+            merge()
+    assert torch.equal(out(model), expected)
+
+
+def test_prompt_embeddings_is_what_enters_the_model() -> None:
+    model = make_adapted("BERT", "SEQ_CLS", encoder_reparameterization_type="LSTM")
+    seen = []
+    backbone = model.get_base_model().bert
+    hook = backbone.embeddings.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
+    )
+    model(**make_batch("BERT", "SEQ_CLS"))
+    hook.remove()
+    assert torch.equal(seen[0][0, :V], model.prompt_embeddings())
+    assert model.prompt_embeddings().requires_grad
+    with pytest.raises(ValueError, match=r"no adapter 'x', only \['default'\]"):
+        model.prompt_embeddings("x")
+
+
+def test_trainable_parameters_are_the_prompt_and_the_head(capsys) -> None:
+    model = make_adapted("BERT", "SEQ_CLS")
+    trainable, total = model.get_nb_trainable_parameters()
+    assert trainable == V * 32 + 2 * 32 + 2
+    model.print_trainable_parameters()
+    assert f"trainable params: {trainable:,d} || all params: {total:,d}" in capsys.readouterr().out
+    assert model.get_model_status().enabled is True
+    assert [(status.name, status.active_adapters) for status in model.get_layer_status()] == [
+        ("model.bert.embeddings.word_embeddings", ["default"]),
+        ("model.classifier", ["default"]),
+    ]
+
+
+def test_inference_mode_freezes_the_prompt() -> None:
+    model = make_adapted("BERT", "SEQ_CLS", inference_mode=True)
+    assert not [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def test_requires_grad_can_be_set_by_adapter() -> None:
+    model = make_adapted("BERT", "FEATURE_EXTRACTION")
+    model.add_adapter("other", make_config("FEATURE_EXTRACTION"))
+    model.set_requires_grad("other")
+    model.set_requires_grad("default", requires_grad=False)
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert [name.rpartition("ptuning_encoders.")[2] for name in trainable] == ["other.embedding"]
+
+
+def test_train_and_eval_reach_the_encoder() -> None:
+    model = make_adapted("BERT", "SEQ_CLS", encoder_dropout=0.5)
+    assert torch.equal(model.prompt_embeddings(), model.prompt_embeddings())
+    model.train()
+    assert not torch.equal(model.prompt_embeddings(), model.prompt_embeddings())
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time:UserWarning")
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute in the model:UserWarning")
+def test_a_prompt_on_a_model_with_lora_layers(out) -> None:
+    lora = LoraConfig(target_modules=["query"], init_lora_weights=False)
+    base = get_peft_model(make_model("BERT", "SEQ_CLS"), lora, adapter_name="low_rank").base_model.model
+    alone = out(base)
+    model = get_peft_model(base, make_config("FEATURE_EXTRACTION")).eval()
+    assert not torch.allclose(out(model), alone)

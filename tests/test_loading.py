@@ -1,0 +1,238 @@
+# SPDX-FileCopyrightText: 2026 The peft_ptuning_ext authors
+# SPDX-License-Identifier: Apache-2.0
+"""Bad input gets a clear error, and the model is as it was."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+import transformers
+from families import make_model
+from peft import PeftModel, get_peft_model
+from reference import V, main_output, make_batch
+
+from peft_ptuning_ext import PTuningConfig
+
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.fixture(name="saved")
+def _saved(tmp_path: Path) -> Path:
+    """A saved MLP adapter of a BERT classifier."""
+    config = PTuningConfig(num_virtual_tokens=V, encoder_hidden_size=8, task_type="SEQ_CLS")
+    get_peft_model(make_model("BERT", "SEQ_CLS"), config).save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def change_weights(folder: Path, change) -> None:
+    weights = safetensors.torch.load_file(folder / WEIGHTS)
+    safetensors.torch.save_file(change(weights), folder / WEIGHTS)
+
+
+def _with_nan(weights: dict) -> dict:
+    return {k: v.clone().fill_(float("nan")) if k.endswith("encoders.embedding") else v for k, v in weights.items()}
+
+
+def _truncate(folder: Path) -> None:
+    data = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(data[: len(data) // 2])
+
+
+def _as_pickle(folder: Path) -> None:
+    torch.save(safetensors.torch.load_file(folder / WEIGHTS), folder / "adapter_model.bin")
+    (folder / WEIGHTS).unlink()
+
+
+def _longer(folder: Path) -> None:
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"num_virtual_tokens": V + 1}))
+
+
+def _without(weights: dict) -> dict:
+    return {key: value for key, value in weights.items() if not key.endswith("offset")}
+
+
+BROKEN = {
+    "missing": (lambda folder: (folder / WEIGHTS).unlink(), "has an adapter config but no adapter_model.safetensors"),
+    "truncated": (_truncate, "adapter_model.safetensors is not a readable safetensors file"),
+    "empty": (lambda folder: (folder / WEIGHTS).write_bytes(b""), "is not a readable safetensors file"),
+    "NaN": (lambda folder: change_weights(folder, _with_nan), "'embedding' of the prompt encoder holds NaN"),
+    "pickle": (_as_pickle, "only the pickle adapter_model.bin.*use_safetensors=False"),
+    "another length": (_longer, r"has shape \(5, 32\), expected \(6, 32\)"),
+    "no offset": (lambda folder: change_weights(folder, _without), r"lacks \['offset'\]"),
+    "no prompt": (lambda folder: change_weights(folder, lambda _: {"x": torch.ones(1)}), "holds no P-tuning prompt"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_adapter_leaves_the_model_as_it_was(case, saved) -> None:
+    break_it, message = BROKEN[case]
+    break_it(saved)
+    batch = make_batch("BERT", "SEQ_CLS")
+    for low_cpu_mem_usage in (False, True):
+        base = make_model("BERT", "SEQ_CLS")
+        with pytest.raises(ValueError, match=message):
+            PeftModel.from_pretrained(base, saved, low_cpu_mem_usage=low_cpu_mem_usage)
+        untouched = make_model("BERT", "SEQ_CLS")
+        assert [(n, type(m)) for n, m in base.named_modules()] == [(n, type(m)) for n, m in untouched.named_modules()]
+        assert not [m for m in base.modules() if m._forward_pre_hooks or m._forward_hooks]
+        assert all(parameter.requires_grad for parameter in base.parameters())
+        assert torch.equal(main_output(base(**batch)), main_output(untouched(**batch)))
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_further_adapter_leaves_the_others_as_they_were(case, saved, tmp_path) -> None:
+    shutil.copytree(saved, tmp_path / "good")
+    BROKEN[case][0](saved)
+    model = PeftModel.from_pretrained(make_model("BERT", "SEQ_CLS"), tmp_path / "good").eval()
+    batch = make_batch("BERT", "SEQ_CLS")
+    expected, names = main_output(model(**batch)), set(model.state_dict())
+    with pytest.raises(ValueError, match=BROKEN[case][1]):
+        model.load_adapter(saved, "broken")
+    assert set(model.state_dict()) == names
+    assert list(model.peft_config) == ["default"]
+    assert torch.equal(main_output(model(**batch)), expected)
+
+
+def test_an_adapter_for_another_width_names_both(saved) -> None:
+    base = make_model("BERT", "SEQ_CLS", hidden_size=16)
+    with pytest.raises(ValueError, match=r"has shape \(5, 32\), expected \(5, 16\).*another width"):
+        PeftModel.from_pretrained(base, saved)
+    assert type(base.bert.embeddings.word_embeddings) is torch.nn.Embedding
+
+
+def test_bad_values_do_not_reach_an_adapter_that_is_there(saved) -> None:
+    model = PeftModel.from_pretrained(make_model("BERT", "SEQ_CLS"), saved, is_trainable=True).eval()
+    before = model.prompt_embeddings()
+    change_weights(saved, _with_nan)
+    with pytest.raises(ValueError, match="holds NaN"):
+        model.load_adapter(saved, "default", is_trainable=True)  # as Trainer does for the best model
+    assert torch.equal(model.prompt_embeddings(), before)
+
+
+def test_a_pickle_is_loaded_when_asked_for(saved) -> None:
+    expected = PeftModel.from_pretrained(make_model("BERT", "SEQ_CLS"), saved).prompt_embeddings()
+    _as_pickle(saved)
+    model = PeftModel.from_pretrained(make_model("BERT", "SEQ_CLS"), saved, use_safetensors=False)
+    assert torch.equal(model.prompt_embeddings(), expected)
+
+
+def test_a_loaded_config_can_start_a_new_adapter(saved) -> None:
+    (saved / WEIGHTS).unlink()
+    config = PTuningConfig.from_pretrained(saved)
+    with pytest.raises(ValueError, match=r"pass `dataclasses.replace\(config\)`"):
+        get_peft_model(make_model("BERT", "SEQ_CLS"), config)
+    model = get_peft_model(make_model("BERT", "SEQ_CLS"), dataclasses.replace(config))
+    assert len(model.prompt_embeddings()) == V
+
+
+def test_loading_never_runs_a_tokenizer(saved, monkeypatch) -> None:
+    config = json.loads((saved / "adapter_config.json").read_text())
+    hostile = {
+        "prompt_tuning_init": "TEXT",
+        "prompt_tuning_init_text": "x",
+        "tokenizer_name_or_path": "some/where",
+        "tokenizer_kwargs": {"trust_remote_code": True},
+    }
+    (saved / "adapter_config.json").write_text(json.dumps(config | hostile))
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a tokenizer was asked for")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", refuse)
+    for is_trainable in (False, True):
+        with pytest.warns(UserWarning, match="Unexpected keyword arguments"):
+            model = PeftModel.from_pretrained(make_model("BERT", "SEQ_CLS"), saved, is_trainable=is_trainable)
+        assert len(model.prompt_embeddings()) == V
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time:UserWarning")
+def test_get_peft_model_twice() -> None:
+    base = make_model("BERT", "SEQ_CLS")
+    model = get_peft_model(base, PTuningConfig(num_virtual_tokens=V)).eval()
+    batch = make_batch("BERT", "SEQ_CLS")
+    expected = main_output(model(**batch))
+    with pytest.raises(ValueError, match="has an adapter named 'default' already"):
+        get_peft_model(base, PTuningConfig(num_virtual_tokens=V + 1))
+    with pytest.raises(ValueError, match="is a PeftModel already"):
+        get_peft_model(model, PTuningConfig(num_virtual_tokens=V + 1), adapter_name="other")
+    assert model.peft_config["default"].num_virtual_tokens == V
+    assert torch.equal(main_output(model(**batch)), expected)
+
+
+def test_an_unknown_adapter_name() -> None:
+    model = get_peft_model(make_model("BERT", "SEQ_CLS"), PTuningConfig(num_virtual_tokens=V))
+    with pytest.raises(ValueError, match="there not found"):
+        model.set_adapter("there")
+    with pytest.raises(ValueError, match=r"no adapter 'there', only \['default'\]"):
+        model.base_model.set_adapter("there")
+    with pytest.raises(ValueError, match="there does not exist"):
+        model.delete_adapter("there")
+    with pytest.raises(ValueError, match="Only one P-tuning adapter can be active at a time"):
+        model.base_model.set_adapter(["default", "default"])
+
+
+def test_no_memory_is_taken_for_a_length_that_the_weights_do_not_have(saved) -> None:
+    config = json.loads((saved / "adapter_config.json").read_text())
+    (saved / "adapter_config.json").write_text(json.dumps(config | {"num_virtual_tokens": 10**12}))
+    with pytest.raises(ValueError, match="has 64 positions"):
+        PeftModel.from_pretrained(make_model("BERT", "SEQ_CLS"), saved)
+    with pytest.raises(ValueError, match=r"expected \(1000000000000, 32\)"):  # a model without a limit
+        PeftModel.from_pretrained(make_model("DeBERTa-v2", "SEQ_CLS"), saved)
+
+
+def test_an_injection_that_fails_late_leaves_the_model_as_it_was() -> None:
+    base = make_model("BERT", "SEQ_CLS")
+    model = get_peft_model(base, PTuningConfig(num_virtual_tokens=V))
+    untrainable = PTuningConfig(num_virtual_tokens=V, modules_to_save=["classifier", "encoder.layer"])
+    with pytest.raises(TypeError, match="ModuleList"):
+        model.add_adapter("other", untrainable)
+    assert list(model.peft_config) == ["default"]
+    assert not [name for name in model.state_dict() if ".other." in name]
+    model.unload()
+    with pytest.raises(TypeError, match="ModuleList"):
+        get_peft_model(base, untrainable)
+    untouched = make_model("BERT", "SEQ_CLS")
+    assert [(n, type(m)) for n, m in base.named_modules()] == [(n, type(m)) for n, m in untouched.named_modules()]
+    assert not [m for m in base.modules() if m._forward_pre_hooks or m._forward_hooks]
+    assert all(parameter.requires_grad for parameter in base.parameters())
+
+
+@pytest.mark.parametrize(("family", "task"), [("BERT", "SEQ_CLS"), ("RoBERTa", "SEQ_CLS"), ("OPT", "CAUSAL_LM")])
+def test_a_text_too_long_for_the_positions_names_both_numbers(family, task) -> None:
+    positions = 62 if family == "RoBERTa" else 64  # RoBERTa's first two are taken
+    model = get_peft_model(make_model(family, task), PTuningConfig(num_virtual_tokens=V, task_type=task)).eval()
+    fits = torch.full((1, positions - V), 7)
+    assert main_output(model(input_ids=fits)).shape[0] == 1
+    text = positions - V + 1
+    with pytest.raises(ValueError, match=f"{V} virtual tokens and {text} text tokens are .* has {positions}"):
+        model(input_ids=torch.full((1, text), 7))
+    if task == "CAUSAL_LM":
+        with pytest.raises(ValueError, match=f"has {positions}"):
+            model.generate(fits, max_new_tokens=5, do_sample=False)
+    with pytest.raises(ValueError, match=f"`num_virtual_tokens` is {positions}, and .* has {positions} positions"):
+        get_peft_model(make_model(family, task), PTuningConfig(num_virtual_tokens=positions, task_type=task))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"attention_mask": torch.ones(2, 1, 7, 7)}, "4-D mask"),
+        ({"attention_mask": {"full_attention": None}}, "dict"),
+        ({"extra": torch.ones(2, 7, 3)}, r"per-token input `extra` of shape \(2, 7, 3\)"),
+        ({"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3]]), "attention_mask": None}, "several texts packed"),
+        ({"cu_seq_lens_q": torch.tensor([0, 3, 7])}, "several texts packed"),
+    ],
+)
+def test_what_would_be_silently_wrong_is_refused(arguments, message) -> None:
+    model = get_peft_model(make_model("Llama", "CAUSAL_LM"), PTuningConfig(num_virtual_tokens=V)).eval()
+    batch = make_batch("Llama", "CAUSAL_LM", lengths=(7, 7)) | arguments
+    with pytest.raises(ValueError, match=message):
+        model.get_base_model().model(**batch, use_cache=False)

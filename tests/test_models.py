@@ -1,0 +1,248 @@
+# SPDX-FileCopyrightText: 2026 The peft_ptuning_ext authors
+# SPDX-License-Identifier: Apache-2.0
+"""Models that need care: vision-language, mixture of experts, wrapped ones; and those that are refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers as tf
+from families import DECODER_SIZES, ENCODER_SIZES, make_model
+from peft import get_peft_model
+from reference import V, concatenated, main_output, make_batch
+from torch import nn
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+from peft_ptuning_ext import PTuningConfig
+
+
+IMAGE, VISION_START = 90, 91
+
+
+def make_llava() -> tf.LlavaForConditionalGeneration:
+    vision = tf.CLIPVisionConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    text = tf.LlamaConfig(**DECODER_SIZES)
+    config = tf.LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE, vision_feature_layer=-1)
+    torch.manual_seed(0)
+    return tf.LlavaForConditionalGeneration(config).eval()
+
+
+def make_qwen2_vl() -> tf.Qwen2VLForConditionalGeneration:
+    config = tf.Qwen2VLConfig(
+        text_config={**DECODER_SIZES, "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]}},
+        vision_config={
+            "depth": 2,
+            "embed_dim": 16,
+            "hidden_size": 32,
+            "num_heads": 2,
+            "mlp_ratio": 2,
+            "patch_size": 4,
+        },
+        image_token_id=IMAGE,
+        vision_start_token_id=VISION_START,
+        vision_end_token_id=92,
+        video_token_id=93,
+    )
+    torch.manual_seed(0)
+    return tf.Qwen2VLForConditionalGeneration(config).eval()
+
+
+def llava_inputs() -> dict:
+    ids = torch.tensor([[5, IMAGE, IMAGE, IMAGE, IMAGE, 6, 7], [8, 9, IMAGE, IMAGE, IMAGE, IMAGE, 10]])
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(2, 3, 8, 8)}
+
+
+def qwen2_vl_inputs() -> dict:
+    # One image of 1 × 4 × 4 patches, merged to 2 × 2 = 4 tokens.
+    ids = torch.tensor([[5, VISION_START, IMAGE, IMAGE, IMAGE, IMAGE, 92, 6, 7]])
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "mm_token_type_ids": (ids == IMAGE).long(),
+        "pixel_values": torch.randn(16, 3 * 2 * 4 * 4),
+        "image_grid_thw": torch.tensor([[1, 4, 4]]),
+    }
+
+
+def concatenate_in_text_model(base: tf.PreTrainedModel, prompt: torch.Tensor, inputs: dict) -> torch.Tensor:
+    """The base model with the prompt put by hand before what its text model gets, positions moved on by V."""
+    text = base.model.language_model
+    forward = text.forward
+
+    def concatenating(inputs_embeds, attention_mask, position_ids=None, **kwargs):
+        embeds = torch.cat([prompt.expand(len(inputs_embeds), -1, -1), inputs_embeds], dim=1)
+        mask = torch.cat([attention_mask.new_ones(len(embeds), len(prompt)), attention_mask], dim=1)
+        if position_ids is None:
+            positions = mask.cumsum(1) - 1
+        else:
+            first = torch.arange(len(prompt)).expand(*position_ids.shape[:-1], -1)
+            positions = torch.cat([first, position_ids + len(prompt)], dim=-1)
+        kwargs = {key: value for key, value in kwargs.items() if key != "input_ids"}
+        outputs = forward(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, **kwargs)
+        outputs.last_hidden_state = outputs.last_hidden_state[:, len(prompt) :]
+        return outputs
+
+    text.forward = concatenating
+    try:
+        return base(**inputs, use_cache=False).logits
+    finally:
+        del text.forward
+
+
+@pytest.mark.parametrize(
+    ("make", "make_inputs"),
+    [(make_llava, llava_inputs), (make_qwen2_vl, qwen2_vl_inputs)],
+    ids=["LLaVA", "Qwen2-VL"],
+)
+@torch.no_grad()
+def test_vision_language_models(make, make_inputs) -> None:
+    inputs = make_inputs()
+    base = make()
+    plain = base(**inputs).logits
+    model = get_peft_model(make(), PTuningConfig(num_virtual_tokens=V, task_type="CAUSAL_LM")).eval()
+    output = model(**inputs).logits
+    assert output.shape == plain.shape
+    assert not torch.allclose(output, plain)
+    expected = concatenate_in_text_model(base, model.prompt_embeddings(), inputs)
+    torch.testing.assert_close(output, expected, rtol=0, atol=0)
+    changed = {**inputs, "pixel_values": inputs["pixel_values"] + 1}
+    assert not torch.allclose(model(**changed).logits, output)
+    with model.disable_adapter():
+        assert torch.equal(model(**inputs).logits, plain)
+
+    # Generating goes on at the right multimodal positions, step by step as in one call.
+    generated = model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    uncached = model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False, use_cache=False)
+    assert torch.equal(generated, uncached)
+
+
+@torch.no_grad()
+def test_multimodal_positions_are_moved_on_by_the_prompt() -> None:
+    model = get_peft_model(make_qwen2_vl(), PTuningConfig(num_virtual_tokens=V, task_type="CAUSAL_LM")).eval()
+    text = model.get_base_model().model.language_model
+    seen = []
+    text.rotary_emb.register_forward_pre_hook(lambda module, args: seen.append(args[1]))
+    model(**qwen2_vl_inputs())
+    with model.disable_adapter():
+        model(**qwen2_vl_inputs())
+    widened, plain = seen
+    assert plain.shape[0] == 3
+    assert not torch.equal(plain[0], plain[1])  # rows of an image differ from its columns
+    assert torch.equal(widened[..., :V], torch.arange(V).expand(3, 1, -1))
+    assert torch.equal(widened[..., V:], plain + V)
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "Qwen3-MoE"])
+@torch.no_grad()
+def test_router_loss_is_over_the_users_tokens(family) -> None:
+    model = get_peft_model(
+        make_model(family, "CAUSAL_LM"), PTuningConfig(num_virtual_tokens=V, task_type="CAUSAL_LM")
+    ).eval()
+    base = model.get_base_model()
+    batch = make_batch(family, "CAUSAL_LM")
+    outputs = model(**batch, labels=batch["input_ids"], output_router_logits=True)
+    rows = batch["input_ids"].numel()
+    assert [layer.shape[0] for layer in outputs.router_logits] == [rows, rows]
+    expected = load_balancing_loss_func(outputs.router_logits, 4, 2, batch["attention_mask"])
+    assert torch.equal(outputs.aux_loss, expected)
+    plain = model(**batch, labels=batch["input_ids"])
+    torch.testing.assert_close(outputs.loss, plain.loss + base.router_aux_loss_coef * outputs.aux_loss)
+
+
+@torch.no_grad()
+def test_a_model_inside_another_module() -> None:
+    class Wrapper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = make_model("BERT", "TOKEN_CLS")
+
+        def forward(self, **kwargs):
+            return self.inner(**kwargs)
+
+    model = get_peft_model(Wrapper(), PTuningConfig(num_virtual_tokens=V)).eval()
+    batch = make_batch("BERT", "TOKEN_CLS")
+    expected = concatenated(make_model("BERT", "TOKEN_CLS"), "TOKEN_CLS", model.prompt_embeddings(), batch)
+    assert torch.equal(main_output(model(**batch)), expected)
+
+
+class WithoutEmbeds(tf.BertPreTrainedModel):
+    def __init__(self, config) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(10, 8)
+
+    def forward(self, input_ids):
+        return self.embed_tokens(input_ids)
+
+
+class SharedTwice(WithoutEmbeds):
+    def __init__(self, config) -> None:
+        super().__init__(config)
+        self.second = self.embed_tokens
+
+
+def _two_models() -> nn.Module:
+    return nn.ModuleDict({"a": make_model("BERT", "TOKEN_CLS"), "b": make_model("BERT", "TOKEN_CLS")})
+
+
+TINY = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+REFUSED = {
+    "no transformers model": (lambda: nn.Linear(2, 2), "Linear: it holds no transformers model"),
+    "two transformers models": (_two_models, "ModuleDict: it holds 2 transformers models"),
+    "no inputs_embeds": (lambda: WithoutEmbeds(tf.BertConfig(**TINY)), "WithoutEmbeds: its forward takes no `inputs_"),
+    "shared embedding": (lambda: SharedTwice(tf.BertConfig(**TINY)), "SharedTwice: its input embedding is registered"),
+    "vision": (
+        lambda: tf.ViTModel(tf.ViTConfig(**{k: v for k, v in TINY.items() if k != "vocab_size"})),
+        "ViTModel: its input embedding is a ViTPatchEmbeddings, not a table of token embeddings",
+    ),
+    "state-space": (
+        lambda: tf.MambaForCausalLM(tf.MambaConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, state_size=4)),
+        "MambaModel: it keeps a recurrent state",
+    ),
+    "per-layer inputs": (
+        lambda: tf.Gemma3nForCausalLM(
+            tf.Gemma3nTextConfig(
+                **{**TINY, "num_key_value_heads": 1, "head_dim": 4, "vocab_size_per_layer_input": 20},
+                hidden_size_per_layer_input=4,
+                num_kv_shared_layers=0,
+                activation_sparsity_pattern=[0.0],
+            )
+        ),
+        "Gemma3nTextModel: its layers read more embeddings of the token ids",
+    ),
+    "speech": (
+        lambda: tf.WhisperForConditionalGeneration(
+            tf.WhisperConfig(
+                vocab_size=20, d_model=8, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+                decoder_attention_heads=2, encoder_ffn_dim=8, decoder_ffn_dim=8, pad_token_id=0, bos_token_id=1,
+                eos_token_id=2, decoder_start_token_id=3,
+            )
+        ),
+        "WhisperEncoder: ",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_work_is_refused_and_left_untouched(case) -> None:
+    make, message = REFUSED[case]
+    model = make()
+    before = [(name, type(module)) for name, module in model.named_modules()]
+    requires_grad = [parameter.requires_grad for parameter in model.parameters()]
+    with pytest.raises(ValueError, match="P-tuning can't be applied to.*" + message):
+        get_peft_model(model, PTuningConfig(num_virtual_tokens=2))
+    assert [(name, type(module)) for name, module in model.named_modules()] == before
+    assert [parameter.requires_grad for parameter in model.parameters()] == requires_grad
+    assert not hasattr(model, "peft_config")
+    assert not [m for m in model.modules() if m._forward_pre_hooks or m._forward_hooks]
+
+
+def test_padded_vocabularies_and_replaced_embeddings() -> None:
+    base = make_model("Llama", "CAUSAL_LM")
+    base.resize_token_embeddings(120)
+    model = get_peft_model(base, PTuningConfig(num_virtual_tokens=V, task_type="CAUSAL_LM")).eval()
+    assert model(input_ids=torch.tensor([[110, 111]])).logits.shape == (1, 2, 120)
+    base.set_input_embeddings(nn.Embedding(130, ENCODER_SIZES["hidden_size"]))
+    with pytest.raises(ValueError, match="LlamaModel was replaced after the P-tuning adapter was added"):
+        model(input_ids=torch.tensor([[1, 2]]))
