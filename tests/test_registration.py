@@ -114,12 +114,12 @@ def test_transformers_own_adapter_methods(family, task, tmp_path) -> None:
     for name, value in model.state_dict().items():
         if ".ptuning_encoders.default." in name:
             assert torch.equal(loaded.state_dict()[name.replace(".default.", ".mine.")], value), name
-    torch.testing.assert_close(main_output(loaded(**batch)), enabled, rtol=0, atol=1e-6)
+    torch.testing.assert_close(main_output(loaded(**batch)), enabled, rtol=0, atol=1e-5)
     loaded.delete_adapter("mine")
     assert torch.equal(main_output(loaded(**batch)), expected)
 
     wrapped = PeftModel.from_pretrained(make_model(family, task), tmp_path / "adapter").eval()
-    torch.testing.assert_close(main_output(wrapped(**batch)), enabled, rtol=0, atol=1e-6)
+    torch.testing.assert_close(main_output(wrapped(**batch)), enabled, rtol=0, atol=1e-5)
 
 
 @torch.no_grad()

@@ -1,0 +1,29 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: setup quickstart test quality style
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[recipes,test]"
+	touch $@
+
+quickstart: setup
+	$(BIN)/python recipes/text_classification.py
+	$(BIN)/python recipes/classify.py outputs/text_classification/adapter
+
+test: setup quality
+	$(BIN)/python -m pytest -n logical
+
+quality: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+style: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
