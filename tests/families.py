@@ -165,3 +165,15 @@ def make_model(family: str, task: str, attn_implementation: str | None = None, *
                 0.1 * torch.randn_like(parameter)
             )
     return model.eval()
+
+
+def support_table() -> str:
+    """The families and tasks of the contract as the Markdown table of the README."""
+    rows = ["| family | " + " | ".join(TASKS) + " |", "|---|" + ":-:|" * len(TASKS)]
+    for name, family in FAMILIES.items():
+        rows.append(f"| {name} | " + " | ".join("✓" if task in family.tasks else "" for task in TASKS) + " |")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    print(support_table())

@@ -1,0 +1,70 @@
+# SPDX-FileCopyrightText: 2026 The peft_ptuning_ext authors
+# SPDX-License-Identifier: Apache-2.0
+"""Every Python block of the README is run, and its table is the tests'."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from families import make_model, support_table
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+def make_folder(path: Path, family: str, task: str) -> None:
+    """A tiny model with a tokenizer, under the name that the README gives to a model of the Hub."""
+    make_model(family, task).save_pretrained(path)
+    words = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "Once", "good", "bad"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]").save_pretrained(path)
+
+
+# Trainer pins memory by default, and torch says that there is no accelerator to do it for.
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator is found:UserWarning")
+def test_the_readmes_code_runs(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    make_folder(tmp_path / "google-bert/bert-base-uncased", "BERT", "SEQ_CLS")
+    make_folder(tmp_path / "openai-community/gpt2", "GPT-2", "CAUSAL_LM")
+    rows = [{"text": "good good", "label": 1}, {"text": "bad bad", "label": 0}] * 16
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train, load, use = BLOCKS
+    names: dict = {}
+    exec(train, names)
+    trained = names["model"].eval()
+    exec(load, names)
+    inputs = names["tokenizer"](["good", "bad bad"], return_tensors="pt", padding=True)
+    inputs.pop("token_type_ids", None)
+    with torch.no_grad():
+        torch.testing.assert_close(names["model"](**inputs).logits, trained(**inputs).logits, rtol=0, atol=1e-6)
+    exec(use, names)
+    assert [n for n, p in names["model"].named_parameters() if p.requires_grad] == [
+        "base_model.model.transformer.wte.ptuning_encoders.default.embedding"
+    ]
+
+
+def test_the_readme_keeps_its_promises_of_brevity() -> None:
+    train, load, _ = BLOCKS
+    assert len([line for line in train.splitlines() if line.strip()]) <= 15
+    assert len([line for line in load.splitlines() if line.strip()]) == 3
+    assert README[: README.index(load)].count("\n") <= 50
+
+
+def test_the_readmes_table_is_made_from_the_tests() -> None:
+    assert support_table() in README
+
+
+def test_the_readmes_commands_are_targets_of_make() -> None:
+    makefile = (Path(__file__).parent.parent / "Makefile").read_text()
+    commands = re.findall(r"^make (\w+)", README, flags=re.MULTILINE)
+    assert commands == ["quickstart", "test"]
+    assert all(f"\n{command}:" in makefile for command in commands)
