@@ -20,6 +20,13 @@ POOLERS: dict[str, Callable[[nn.Module, torch.Tensor], torch.Tensor]] = {
     "albert": lambda backbone, hidden: backbone.pooler_activation(backbone.pooler(hidden[:, 0])),
 }
 
+# Backbones that are refused by name: nothing in their interface tells that a prompt in front would go wrong.
+REFUSED_MODEL_TYPES: dict[str, str] = {
+    "funnel": "it pools neighbouring positions, and the prompt would be pooled with the text",
+    "lxmert": "its pooler reads the first position under a name of its own",
+    "minimax": "its cache does not tell how many tokens it holds",
+}
+
 # Parameters of a backbone's `forward` with which a prompt in front can't be right, and why.
 REFUSED_PARAMETERS: dict[str, str] = {
     "per_layer_inputs": "its layers read more embeddings of the token ids, and a prompt has no ids",
@@ -43,7 +50,10 @@ class Backbone:
         width (`int`): Width H of the input embedding.
         parameters (`tuple[str, ...]`): Names of the positional parameters of the backbone's `forward`.
         is_causal (`bool`): Whether its attention looks back only.
-        is_local (`bool`): Whether some of its layers look back a limited number of columns, or carry a state along.
+        beside_text (`bool`):
+            Whether padding on the left has to stand before the prompt rather than between prompt and text: where
+            distance is counted in columns. It makes no difference where each token is told its position and attention
+            is unlimited, and could not help where a table counts the padding too.
         first_position (`int`): The position that the backbone gives to its first token.
         max_positions (`int`, *optional*): How many tokens its table of positions holds; `None` if it has no table.
         decoder (`str`, *optional*):
@@ -55,7 +65,7 @@ class Backbone:
     width: int
     parameters: tuple[str, ...]
     is_causal: bool
-    is_local: bool
+    beside_text: bool
     first_position: int
     max_positions: Optional[int]
     decoder: Optional[str]
@@ -104,6 +114,10 @@ def find_backbone(model: nn.Module) -> Backbone:
     parameters = tuple(inspect.signature(type(backbone).forward).parameters)[1:]
     if "inputs_embeds" not in parameters:
         raise _refusal(backbone, "its forward takes no `inputs_embeds`")
+    if backbone.config.model_type in REFUSED_MODEL_TYPES:
+        raise _refusal(backbone, REFUSED_MODEL_TYPES[backbone.config.model_type])
+    if getattr(backbone.config, "token_dropout", False):
+        raise _refusal(backbone, "`token_dropout` of its config rescales the embeddings of token ids only")
     for parameter, reason in REFUSED_PARAMETERS.items():
         if parameter in parameters:
             raise _refusal(backbone, reason)
@@ -111,13 +125,14 @@ def find_backbone(model: nn.Module) -> Backbone:
         raise _refusal(backbone, "its pooler reads a slice that only its own forward knows")
 
     first_position, max_positions = _positions(backbone)
+    is_causal, is_local, has_positions = _is_causal(backbone), _is_local(backbone), "position_ids" in parameters
     return Backbone(
         name=".".join(part for part in (prefix, name) if part),
         embedding=paths[0][len(name) :].lstrip("."),
         width=_table(embedding).embedding_dim,
         parameters=tuple(p for p in parameters if p != "kwargs"),
-        is_causal=_is_causal(backbone),
-        is_local=_is_local(backbone),
+        is_causal=is_causal,
+        beside_text=is_local or (not has_positions if is_causal else max_positions is None or first_position > 0),
         first_position=first_position,
         max_positions=max_positions,
         decoder=decoder,
@@ -159,7 +174,10 @@ def _path_of(model: nn.Module, module: nn.Module) -> str:
 def _stack(model: PreTrainedModel, which: str) -> Optional[nn.Module]:
     """The encoder or decoder of an encoder-decoder, or `None` where the model is only the other half."""
     stack = getattr(model, f"get_{which}")()
-    return stack if isinstance(stack, PreTrainedModel) and stack is not model else None
+    if not isinstance(stack, PreTrainedModel) or stack is model:
+        return None
+    # A vision-language model's decoder may be a whole encoder-decoder (BLIP-2 on T5).
+    return (_stack(stack, which) or stack) if getattr(stack.config, "is_encoder_decoder", False) else stack
 
 
 def _input_embedding(model: PreTrainedModel) -> nn.Module:
@@ -190,12 +208,14 @@ def _is_causal(backbone: PreTrainedModel) -> bool:
 
 
 def _is_local(backbone: PreTrainedModel) -> bool:
+    """Whether some layers look back a limited number of columns, or carry a state along."""
     config = backbone.config
     layer_types = getattr(config, "layer_types", None) or ()
     return bool(
         getattr(config, "sliding_window", None)
         or getattr(config, "attention_chunk_size", None)
         or any(layer_type != "full_attention" for layer_type in layer_types)
+        or "local" in (getattr(config, "attention_layers", None) or ())  # GPT-Neo
     )
 
 

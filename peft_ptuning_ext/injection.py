@@ -24,6 +24,8 @@ WIDENED_INPUTS = frozenset({"input_ids", "inputs_embeds", "attention_mask", "pos
 UNTOUCHED_INPUTS = frozenset({"encoder_hidden_states", "encoder_attention_mask", "labels", "shift_labels"})
 # Arguments that describe several texts packed in one row, of which only the first would get the prompt.
 PACKING_INPUTS = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"})
+# Arguments that speak of positions or lengths in ways that have no rule for a prompt.
+REFUSED_INPUTS = frozenset({"lengths", "entity_position_ids", "global_attention_mask", "cross_attention_mask"})
 
 
 def widen_embeds(prompt: torch.Tensor, inputs_embeds: torch.Tensor) -> torch.Tensor:
@@ -107,7 +109,7 @@ def attach(model: nn.Module, backbone: Backbone) -> list[torch.utils.hooks.Remov
     ]
     if backbone.decoder is not None:
         decoder = model.get_submodule(backbone.decoder)
-        handles.append(decoder.register_forward_pre_hook(_widen_memory_mask, with_kwargs=True))
+        handles.append(decoder.register_forward_pre_hook(_WidenMemoryMask(backbone), with_kwargs=True))
     return handles
 
 
@@ -146,17 +148,19 @@ class _Widen:
         input_ids, inputs_embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
         if (input_ids is None) == (inputs_embeds is None):
             return None  # the model has its own error for this
+        if inputs_embeds is None and input_ids.dim() != 2:
+            raise ValueError(f"{type(stack).__name__} got `input_ids` of shape {tuple(input_ids.shape)}, not (B, S).")
         batch_size, user_length = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
         self._check(stack, inputs, batch_size, user_length)
         if past:
             length = held_prompt(cache)[1]
-            self._check_length(stack, past + user_length, length)
+            self._check_length(stack, inputs, past - length + user_length, length)
             return (), self._widen_step(inputs, user_length, past, length)
 
         prompt = layer.prompt(adapter_name)
-        self._check_length(stack, user_length + len(prompt), len(prompt))
+        self._check_length(stack, inputs, user_length, len(prompt))
         if inputs_embeds is None:
-            inputs_embeds = layer(input_ids.view(-1, user_length))
+            inputs_embeds = layer(input_ids)
         if isinstance(cache, Cache):
             hide_prompt(cache, adapter_name, len(prompt))
             inputs["past_key_values"] = open_view(cache)
@@ -168,17 +172,20 @@ class _Widen:
         widened = {**inputs, "input_ids": None, "inputs_embeds": widen_embeds(prompt, inputs_embeds)}
         positions = self._positions(inputs)
         if positions is not None:
-            widened["position_ids"] = widen_positions(positions, length, self.backbone.first_position)
+            # A decoder that is told its positions (by `generate`, say) counts from 0, whatever its table begins with.
+            is_told = self.backbone.is_causal and inputs.get("position_ids") is not None
+            first = 0 if is_told else self.backbone.first_position
+            widened["position_ids"] = widen_positions(positions, length, first)
         if inputs.get("token_type_ids") is not None:
             widened["token_type_ids"] = widen_per_token(inputs["token_type_ids"], length, 0)
         mask = inputs.get("attention_mask")
         if mask is not None:
-            widened["attention_mask"] = widen_per_token(mask, length, 1)
+            widened["attention_mask"] = _widen_mask(self.backbone, mask, length)
             padding = _padding(self.backbone, mask)
             if padding is not None:
                 columns = columns_behind_padding(padding, mask.shape[1] + length, length)
                 widened["inputs_embeds"] = widened["inputs_embeds"].take_along_dim(columns[..., None], dim=1)
-                for key in ("attention_mask", "position_ids", "token_type_ids"):
+                for key in ("position_ids", "token_type_ids"):
                     if widened.get(key) is not None:
                         widened[key] = take_columns(widened[key], columns)
         return widened
@@ -193,11 +200,7 @@ class _Widen:
                     f"The attention mask covers {mask.shape[1]} tokens, but the cache holds {past - length} and "
                     f"{user_length} are new. Pass a mask of all of the user's tokens, without the virtual ones."
                 )
-            widened["attention_mask"] = widen_per_token(mask, length, 1)
-            padding = _padding(self.backbone, mask)
-            if padding is not None:
-                columns = columns_behind_padding(padding, mask.shape[1] + length, length)
-                widened["attention_mask"] = take_columns(widened["attention_mask"], columns)
+            widened["attention_mask"] = _widen_mask(self.backbone, mask, length)
         positions = self._positions(inputs)
         if positions is not None:
             widened["position_ids"] = positions[..., -user_length:] + length
@@ -206,8 +209,16 @@ class _Widen:
     def _positions(self, inputs: dict) -> Optional[torch.Tensor]:
         """The user's positions; those that padding does not change if none were given; `None`: the model's own."""
         positions, mask = inputs.get("position_ids"), inputs.get("attention_mask")
-        counts = self.backbone.is_causal and "position_ids" in self.backbone.parameters
-        return count_positions(mask) if positions is None and mask is not None and counts else positions
+        if positions is None and mask is not None and self._counts:
+            return count_positions(mask) + self.backbone.first_position
+        return positions
+
+    @property
+    def _counts(self) -> bool:
+        """Whether positions count the unmasked tokens: in decoders, and where the base counts from behind padding."""
+        return "position_ids" in self.backbone.parameters and (
+            self.backbone.is_causal or self.backbone.first_position > 0
+        )
 
     def _check(self, stack: nn.Module, inputs: dict, batch_size: int, user_length: int) -> None:
         """Refuses what would otherwise be silently wrong."""
@@ -216,18 +227,21 @@ class _Widen:
         if mask is not None and not (isinstance(mask, torch.Tensor) and mask.dim() == 2):
             kind = f"{mask.dim()}-D mask" if isinstance(mask, torch.Tensor) else type(mask).__name__
             raise ValueError(
-                f"{name} got an attention mask that has no room for the prompt ({kind}). Pass a 2-D mask (B, S). "
-                "`generate` makes such masks for static caches, which P-tuning does not support yet: "
-                'leave `cache_implementation` at its default or use "dynamic".'
+                f"{name} got an attention mask that has no room for the prompt ({kind}) instead of a 2-D one (B, S). "
+                "`generate` makes such masks for static caches (leave `cache_implementation` at its default), and "
+                "some vision-language models for image tokens: neither is supported yet."
             )
         for key, value in inputs.items():
             if key in WIDENED_INPUTS or key in UNTOUCHED_INPUTS or not isinstance(value, torch.Tensor):
                 continue
-            if value.dim() > 1 and tuple(value.shape[:2]) == (batch_size, user_length) and user_length > 1:
+            is_per_token = tuple(value.shape[:2]) == (batch_size, user_length)
+            if is_per_token and (user_length > 1 or value.dim() > 2):
                 raise ValueError(
                     f"{name} got the per-token input `{key}` of shape {tuple(value.shape)}, for which P-tuning has no "
                     "rule: what a virtual token's value should be is not known."
                 )
+        if refused := [key for key in REFUSED_INPUTS if inputs.get(key) is not None]:
+            raise ValueError(f"{name} got `{refused[0]}`, for which P-tuning has no rule.")
         if any(inputs.get(key) is not None for key in PACKING_INPUTS) or (
             self.backbone.is_causal and _is_packed(inputs)
         ):
@@ -236,11 +250,15 @@ class _Widen:
                 "Pass one text per row, padded, with an attention mask."
             )
 
-    def _check_length(self, stack: nn.Module, needed: int, length: int) -> None:
-        limit = self.backbone.max_positions
-        if limit is not None and needed > limit:
+    def _check_length(self, stack: nn.Module, inputs: dict, text: int, length: int) -> None:
+        limit, mask = self.backbone.max_positions, inputs.get("attention_mask")
+        if limit is None or text + length <= limit:
+            return
+        if mask is not None and self._counts:
+            text = int(mask.sum(-1).max())  # padding takes no position
+        if text + length > limit:
             raise ValueError(
-                f"{length} virtual tokens and {needed - length} text tokens are {needed} positions, and "
+                f"{length} virtual tokens and {text} text tokens are {length + text} positions, and "
                 f"{type(stack).__name__} has {limit}. Truncate the text to {limit - length} tokens."
             )
 
@@ -269,6 +287,11 @@ class _Trim:
 
         if _has_prompt_in_front(kwargs):
             batch_size, total = kwargs["inputs_embeds"].shape[:2]
+            if output[0].shape[1] != total:
+                raise ValueError(
+                    f"{type(stack).__name__} was given {total} positions and returned {output[0].shape[1]}: it adds "
+                    "or merges positions, and which of them are the prompt's can't be told."
+                )
             mask = kwargs.get("attention_mask")
             padding = None if mask is None else _padding(self.backbone, mask)
             columns = None if padding is None else user_columns(padding, total, length)
@@ -289,12 +312,18 @@ def _has_prompt_in_front(kwargs: dict) -> bool:
     return not isinstance(cache, Cache) or open_view(cache).get_seq_length() <= inputs_embeds.shape[1]
 
 
-def _widen_memory_mask(decoder: nn.Module, args: tuple, kwargs: dict) -> Optional[tuple[tuple, dict]]:
-    """Forward pre-hook of a decoder: lets it see the prompt that its encoder's output has in front."""
-    memory, mask = kwargs.get("encoder_hidden_states"), kwargs.get("encoder_attention_mask")
-    if memory is None or mask is None or memory.shape[1] <= mask.shape[1]:
-        return None
-    return args, {**kwargs, "encoder_attention_mask": widen_per_token(mask, memory.shape[1] - mask.shape[1], 1)}
+class _WidenMemoryMask:
+    """Forward pre-hook of a decoder: lets it see the prompt in what its encoder hands over."""
+
+    def __init__(self, backbone: Backbone):
+        self.backbone = backbone
+
+    def __call__(self, decoder: nn.Module, args: tuple, kwargs: dict) -> Optional[tuple[tuple, dict]]:
+        memory, mask = kwargs.get("encoder_hidden_states"), kwargs.get("encoder_attention_mask")
+        if memory is None or mask is None or memory.shape[1] <= mask.shape[1]:
+            return None
+        widened = _widen_mask(self.backbone, mask, memory.shape[1] - mask.shape[1])
+        return args, {**kwargs, "encoder_attention_mask": widened}
 
 
 def _check_cache(cache: Cache, adapter_name: Optional[str]) -> None:
@@ -311,14 +340,23 @@ def _check_cache(cache: Cache, adapter_name: Optional[str]) -> None:
 def _padding(backbone: Backbone, attention_mask: torch.Tensor) -> Optional[torch.Tensor]:
     """Padding on the left, (B, 1), where the prompt has to stand behind it; `None` where it may stand in front.
 
-    To full attention it makes no difference. A layer with a window counts columns, and padding between the prompt and
-    the text would push the prompt out of sight.
+    Padding between the prompt and the text would make the text's output depend on how much of it there is, and push
+    the prompt out of a sliding window.
     """
-    if not (backbone.is_causal and backbone.is_local):
+    if not backbone.beside_text:
         return None
     if not torch.compiler.is_compiling() and not (attention_mask[:, 0] == 0).any():
         return None
     return leading_padding(attention_mask)
+
+
+def _widen_mask(backbone: Backbone, attention_mask: torch.Tensor, length: int) -> torch.Tensor:
+    """`attention_mask` (B, S) with the prompt's ones, (B, V+S), in front or behind padding on the left."""
+    widened = widen_per_token(attention_mask, length, 1)
+    padding = _padding(backbone, attention_mask)
+    if padding is None:
+        return widened
+    return take_columns(widened, columns_behind_padding(padding, widened.shape[1], length))
 
 
 def _is_packed(inputs: dict) -> bool:

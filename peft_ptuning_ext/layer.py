@@ -7,6 +7,7 @@ from __future__ import annotations
 from typing import Optional
 
 import torch
+from accelerate.utils import align_module_device
 from peft import PromptTuningInit
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import gather_params_ctx
@@ -49,6 +50,8 @@ class PTuningLayer(nn.Module, BaseTunerLayer):
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        # Other methods may have adapters on the model too, and all of them are told the names of all.
+        names = [name for name in names if name in self.ptuning_encoders]
         if len(names) > 1:
             raise ValueError(f"Only one P-tuning adapter can be active at a time, got {names}.")
         super().set_adapter(names, inference_mode=inference_mode)
@@ -56,7 +59,7 @@ class PTuningLayer(nn.Module, BaseTunerLayer):
     def update_layer(self, adapter_name: str, config: PTuningConfig) -> None:
         """Adds the encoder of a new adapter. Its prompt starts where `config` says, unless it is made on meta."""
         encoder = build_encoder(config, self.get_base_layer().embedding_dim)
-        if self.weight.is_meta:
+        if self._device.type == "meta":
             encoder = encoder.to("meta")
         elif not encoder.embedding.is_meta:  # low_cpu_mem_usage: the values come with the checkpoint
             encoder.start_at(self._start(config))
@@ -65,7 +68,7 @@ class PTuningLayer(nn.Module, BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Optional[torch.device] = None) -> None:
         # PEFT's own also casts to the base's dtype, which would round a float32 prompt on its way into a bf16 model.
-        device = device or self.weight.device
+        device = device or self._device
         if device.type != "meta" and not any(p.is_meta for p in self.ptuning_encoders[adapter_name].parameters()):
             self.ptuning_encoders[adapter_name].to(device)
 
@@ -92,8 +95,16 @@ class PTuningLayer(nn.Module, BaseTunerLayer):
     @torch.no_grad()
     def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Embeddings of `token_ids` (N,) as the model's first layer sees them: (N, H), float32 on the CPU."""
-        with gather_params_ctx(self.base_layer.parameters()):
-            return self.base_layer(token_ids.to(self.weight.device)).float().cpu()
+        with gather_params_ctx(self.base_layer.parameters()), align_module_device(self.get_base_layer()):
+            return self.base_layer(token_ids.to(self._device)).float().cpu()
+
+    @property
+    def _device(self) -> torch.device:
+        """Where the embedding computes: an offloaded one has its weights elsewhere."""
+        hook = getattr(self.get_base_layer(), "_hf_hook", None)
+        if getattr(hook, "offload", False):
+            return torch.device(hook.execution_device)
+        return self.weight.device
 
 
 def _text_ids(config: PTuningConfig, vocabulary: int) -> torch.Tensor:

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Optional
 
 import torch
@@ -38,8 +40,8 @@ class PTuningModel(BaseTuner):
 
     Raises:
         ValueError:
-            P-tuning can't work on this model, has this adapter already, or the weights that came with the config don't
-            fit. The model is then as it was.
+            P-tuning can't work on this model, has this adapter already, or the weights beside a config that was loaded
+            don't fit. The model is then as it was.
     """
 
     prefix: str = PREFIX
@@ -84,6 +86,13 @@ class PTuningModel(BaseTuner):
             raise ValueError(f"There is no adapter {unknown[0]!r}, only {list(self.peft_config)}.")
         super().set_adapter(adapter_name, inference_mode=inference_mode)
 
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args, adapter_names: Optional[list[str]] = None, **kwargs) -> Iterator[None]:
+        """PEFT enters this around every call; `adapter_names` would choose an adapter for each row."""
+        if adapter_names is not None:
+            raise ValueError("Several P-tuning adapters in one batch (`adapter_names`) are not supported yet.")
+        yield
+
     def inject_adapter(self, model, adapter_name, *args, **kwargs) -> None:
         requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         is_first = not _has_layer(model)
@@ -103,6 +112,14 @@ class PTuningModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: PTuningConfig, model_config: dict) -> PTuningConfig:
         """All checks of the model and of the weights that came with the config, before anything is changed."""
         backbone = self._backbone = find_backbone(self.model)
+        if ENCODER_KEY.strip(".") in self.peft_config:
+            raise ValueError(f"An adapter can't be named {ENCODER_KEY.strip('.')!r}, the name of the module it is in.")
+        for name in peft_config.modules_to_save or ():
+            if f".{name}." in f".{backbone.embedding_path}.":
+                raise ValueError(
+                    f"`modules_to_save` names {name!r}, which holds the input embedding that the prompt goes with. "
+                    "Name the modules to train without it."
+                )
         length, limit = peft_config.num_virtual_tokens, backbone.max_positions
         if limit is not None and length >= limit:
             raise ValueError(

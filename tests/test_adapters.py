@@ -311,3 +311,22 @@ def test_a_prompt_on_a_model_with_lora_layers(out) -> None:
     alone = out(base)
     model = get_peft_model(base, make_config("FEATURE_EXTRACTION")).eval()
     assert not torch.allclose(out(model), alone)
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute in the model:UserWarning")
+@torch.no_grad()
+def test_beside_lora_in_transformers_each_is_switched_by_its_name() -> None:
+    batch = make_batch("Llama", "CAUSAL_LM")
+    model = make_model("Llama", "CAUSAL_LM")
+    model.add_adapter(LoraConfig(target_modules=["q_proj"], init_lora_weights=False), "low_rank")
+    low_rank = main_output(model.eval()(**batch))
+    model.add_adapter(PTuningConfig(num_virtual_tokens=V), "prompt")
+    prompt = main_output(model.eval()(**batch))
+    model.set_adapter("low_rank")
+    assert torch.equal(main_output(model(**batch)), low_rank)
+    model.set_adapter(["low_rank", "prompt"])
+    both = main_output(model(**batch))
+    assert not torch.allclose(both, low_rank)
+    assert not torch.allclose(both, prompt)
+    model.set_adapter("prompt")
+    assert torch.equal(main_output(model(**batch)), prompt)

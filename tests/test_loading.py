@@ -205,6 +205,39 @@ def test_an_injection_that_fails_late_leaves_the_model_as_it_was() -> None:
     assert all(parameter.requires_grad for parameter in base.parameters())
 
 
+@pytest.mark.parametrize("name", ["bert", "embeddings", "word_embeddings", "bert.embeddings"])
+def test_the_embedding_cannot_be_saved_beside_its_prompt(name) -> None:
+    base = make_model("BERT", "SEQ_CLS")
+    with pytest.raises(ValueError, match=f"`modules_to_save` names '{name}', which holds the input embedding"):
+        get_peft_model(base, PTuningConfig(num_virtual_tokens=V, modules_to_save=[name]))
+    assert type(base.bert.embeddings.word_embeddings) is torch.nn.Embedding
+
+
+def test_an_adapter_named_like_its_container() -> None:
+    with pytest.raises(ValueError, match="can't be named 'ptuning_encoders'"):
+        get_peft_model(make_model("BERT", "SEQ_CLS"), PTuningConfig(), adapter_name="ptuning_encoders")
+
+
+def test_an_adapter_for_each_row_is_refused() -> None:
+    model = get_peft_model(make_model("Llama", "CAUSAL_LM"), PTuningConfig(task_type="CAUSAL_LM"))
+    batch = make_batch("Llama", "CAUSAL_LM")
+    with pytest.raises(ValueError, match="`adapter_names`.* are not supported yet"):
+        model(**batch, adapter_names=["default", "default"])
+    with pytest.raises(ValueError, match="`adapter_names`.* are not supported yet"):
+        model.generate(**batch, adapter_names=["default", "default"])
+
+
+def test_padding_takes_no_position() -> None:
+    model = get_peft_model(
+        make_model("GPT-2", "CAUSAL_LM", n_positions=10), PTuningConfig(num_virtual_tokens=V)
+    ).eval()
+    mask = torch.tensor([[0, 0, 0, 0, 1, 1, 1]])
+    padded = model(input_ids=torch.full((1, 7), 7), attention_mask=mask).logits[:, 4:]
+    torch.testing.assert_close(padded, model(input_ids=torch.full((1, 3), 7)).logits, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="5 virtual tokens and 6 text tokens are 11 positions.* has 10"):
+        model(input_ids=torch.full((1, 7), 7), attention_mask=torch.tensor([[0, 1, 1, 1, 1, 1, 1]]))
+
+
 @pytest.mark.parametrize(("family", "task"), [("BERT", "SEQ_CLS"), ("RoBERTa", "SEQ_CLS"), ("OPT", "CAUSAL_LM")])
 def test_a_text_too_long_for_the_positions_names_both_numbers(family, task) -> None:
     positions = 62 if family == "RoBERTa" else 64  # RoBERTa's first two are taken
@@ -228,6 +261,8 @@ def test_a_text_too_long_for_the_positions_names_both_numbers(family, task) -> N
         ({"attention_mask": {"full_attention": None}}, "dict"),
         ({"extra": torch.ones(2, 7, 3)}, r"per-token input `extra` of shape \(2, 7, 3\)"),
         ({"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3]]), "attention_mask": None}, "several texts packed"),
+        ({"lengths": torch.tensor([7, 7])}, "`lengths`, for which P-tuning has no rule"),
+        ({"input_ids": torch.ones(2, 3, 7).long(), "attention_mask": None}, r"shape \(2, 3, 7\), not \(B, S\)"),
         ({"cu_seq_lens_q": torch.tensor([0, 3, 7])}, "several texts packed"),
     ],
 )

@@ -7,8 +7,9 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers as tf
+from accelerate import cpu_offload
 from families import DECODER_SIZES, ENCODER_SIZES, make_model
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from reference import V, concatenated, main_output, make_batch
 from torch import nn
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
@@ -151,6 +152,91 @@ def test_router_loss_is_over_the_users_tokens(family) -> None:
     torch.testing.assert_close(outputs.loss, plain.loss + base.router_aux_loss_coef * outputs.aux_loss)
 
 
+SIZES = {"vocab_size": 99, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+UNUSUAL_DECODERS = {
+    "MPT (ALiBi)": tf.MptConfig(**SIZES, d_model=32, n_heads=4, n_layers=2, max_seq_len=64),
+    "CodeGen (rotary, positions optional)": tf.CodeGenConfig(
+        **SIZES, n_embd=32, n_head=4, n_layer=2, n_positions=64, n_ctx=64, rotary_dim=4
+    ),
+    "GPT-Neo (local attention)": tf.GPTNeoConfig(
+        **SIZES, hidden_size=32, num_heads=4, num_layers=2, attention_types=[[["global", "local"], 1]], window_size=6
+    ),
+    "RoBERTa (positions from 2)": tf.RobertaConfig(**{**ENCODER_SIZES, **SIZES, "pad_token_id": 1}, is_decoder=True),
+    "Jamba (hybrid)": tf.JambaConfig(
+        **{**DECODER_SIZES, **SIZES}, attn_layer_period=2, attn_layer_offset=1, mamba_d_state=4, mamba_d_conv=2,
+        mamba_expand=1, mamba_dt_rank=4, num_experts=2, use_mamba_kernels=False,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNUSUAL_DECODERS)
+@torch.no_grad()
+def test_decoders_that_count_in_their_own_way(name) -> None:
+    torch.manual_seed(0)
+    base = tf.AutoModelForCausalLM.from_config(UNUSUAL_DECODERS[name]).eval()
+    for parameter in base.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.2)
+    model = get_peft_model(base, PTuningConfig(num_virtual_tokens=V, task_type="CAUSAL_LM")).eval()
+    ids = torch.randint(5, 99, (1, 4))
+    arguments = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    alone = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **arguments)
+    padded_ids = torch.cat([torch.full((1, 5), base.config.pad_token_id), ids], dim=1)
+    mask = (torch.arange(9) >= 5).long()[None]
+    padded = model.generate(input_ids=padded_ids, attention_mask=mask, **arguments)
+    assert torch.equal(alone[:, 4:], padded[:, 9:])
+    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    torch.testing.assert_close(model(input_ids=ids).logits, logits, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        model(input_ids=padded_ids, attention_mask=mask).logits[:, 5:], logits, rtol=0, atol=1e-5
+    )
+
+    with model.disable_adapter():
+        embeds = base.get_input_embeddings()(ids)
+    prompt = model.prompt_embeddings()
+    base = model.unload()
+    expected = base(inputs_embeds=torch.cat([prompt[None], embeds], dim=1)).logits[:, V:]
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_left_padding_in_an_encoder_with_relative_positions() -> None:
+    model = get_peft_model(make_model("T5", "SEQ_2_SEQ_LM"), PTuningConfig(num_virtual_tokens=V)).eval()
+    ids = torch.randint(5, 99, (1, 4))
+    padded_ids, mask = torch.cat([torch.zeros(1, 5).long(), ids], dim=1), (torch.arange(9) >= 5).long()[None]
+    arguments = {"decoder_input_ids": ids}
+    expected = model(input_ids=ids, attention_mask=torch.ones_like(ids), **arguments).logits
+    output = model(input_ids=padded_ids, attention_mask=mask, **arguments).logits
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_model_whose_embedding_is_offloaded(tmp_path) -> None:
+    batch = make_batch("Llama", "CAUSAL_LM")
+    adapted = get_peft_model(make_model("Llama", "CAUSAL_LM"), PTuningConfig(num_virtual_tokens=V)).eval()
+    expected = main_output(adapted(**batch))
+    adapted.save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(cpu_offload(make_model("Llama", "CAUSAL_LM"), "cpu"), tmp_path)
+    torch.testing.assert_close(main_output(model(**batch)), expected, rtol=0, atol=1e-6)
+    fresh = get_peft_model(cpu_offload(make_model("Llama", "CAUSAL_LM"), "cpu"), PTuningConfig(num_virtual_tokens=V))
+    assert not fresh.prompt_embeddings().is_meta
+    assert fresh(**batch).logits.isfinite().all()
+
+
+@torch.no_grad()
+def test_a_backbone_that_adds_positions_of_its_own_is_refused_when_it_does() -> None:
+    config = tf.GitConfig(
+        **{**ENCODER_SIZES, "bos_token_id": 1, "eos_token_id": 2},
+        vision_config={"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+        | {"image_size": 8, "patch_size": 4},
+    )
+    model = get_peft_model(tf.GitForCausalLM(config), PTuningConfig(num_virtual_tokens=V)).eval()
+    ids = torch.randint(5, 99, (2, 6))
+    assert model(input_ids=ids).logits.shape == (2, 6, 99)
+    with pytest.raises(ValueError, match="adds or merges positions"):
+        model(input_ids=ids, pixel_values=torch.randn(2, 3, 8, 8))
+
+
 @torch.no_grad()
 def test_a_model_inside_another_module() -> None:
     class Wrapper(nn.Module):
@@ -210,6 +296,14 @@ REFUSED = {
             )
         ),
         "Gemma3nTextModel: its layers read more embeddings of the token ids",
+    ),
+    "pooled positions": (
+        lambda: tf.FunnelBaseModel(tf.FunnelConfig(vocab_size=20, d_model=8, n_head=2, d_head=4, d_inner=8)),
+        "it pools neighbouring positions",
+    ),
+    "token dropout": (
+        lambda: tf.EsmModel(tf.EsmConfig(**TINY, pad_token_id=0, mask_token_id=1, token_dropout=True)),
+        "EsmModel: `token_dropout` of its config rescales",
     ),
     "speech": (
         lambda: tf.WhisperForConditionalGeneration(
