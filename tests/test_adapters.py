@@ -330,3 +330,37 @@ def test_beside_lora_in_transformers_each_is_switched_by_its_name() -> None:
     assert not torch.allclose(both, prompt)
     model.set_adapter("prompt")
     assert torch.equal(main_output(model(**batch)), prompt)
+
+
+def test_selected_adapters_are_saved(tmp_path) -> None:
+    model = make_adapted("BERT", "SEQ_CLS", "first")
+    model.add_adapter("second", make_config("SEQ_CLS", V + 1))
+    model.save_pretrained(tmp_path, selected_adapters=["second"])
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"second"}
+    with pytest.raises(ValueError, match="invalid `selected_adapters`"):
+        model.save_pretrained(tmp_path, selected_adapters=["third"])
+
+
+@pytest.mark.parametrize("family", ["BERT", "Llama", "T5"])
+def test_input_gradients_for_a_base_in_checkpointed_training(family) -> None:
+    """`enable_input_require_grads`, which PEFT turns on for quantized bases, meets the wrapped embedding."""
+    task = {"BERT": "SEQ_CLS", "Llama": "CAUSAL_LM", "T5": "SEQ_2_SEQ_LM"}[family]
+    model = make_adapted(family, task)
+    expected = main_output(model(**make_batch(family, task))).detach()
+    model.enable_input_require_grads()
+    output = main_output(model(**make_batch(family, task)))
+    assert torch.equal(output, expected)
+    output.sum().backward()
+    model.disable_input_require_grads()
+    base = model.unload()
+    assert not [m for m in base.modules() if m._forward_pre_hooks or m._forward_hooks]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_generating_in_half_precision_with_positional_ids(dtype) -> None:
+    model = get_peft_model(make_model("Llama", "CAUSAL_LM").to(dtype), make_config("CAUSAL_LM")).eval()
+    ids = make_batch("Llama", "CAUSAL_LM", lengths=(6, 6))["input_ids"]
+    generated = model.generate(ids, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    assert generated.shape == (2, 10)
+    assert torch.equal(generated, model.generate(inputs=ids, max_new_tokens=4, min_new_tokens=4, do_sample=False))
