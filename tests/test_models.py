@@ -195,8 +195,10 @@ def test_decoders_that_count_in_their_own_way(name) -> None:
         embeds = base.get_input_embeddings()(ids)
     prompt = model.prompt_embeddings()
     base = model.unload()
-    expected = base(inputs_embeds=torch.cat([prompt[None], embeds], dim=1)).logits[:, V:]
-    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+    embeds = torch.cat([prompt[None], embeds], dim=1)
+    torch.testing.assert_close(logits, base(inputs_embeds=embeds).logits[:, V:], rtol=0, atol=1e-5)
+    generated = base.generate(inputs_embeds=embeds, attention_mask=torch.ones(1, V + 4).long(), **arguments)
+    assert torch.equal(alone[:, 4:], generated)
 
 
 @torch.no_grad()
