@@ -17,6 +17,7 @@ from transformers import Cache
 from .backbone import Backbone, pool
 from .cache import forget_prompt, held_prompt, hide_prompt, open_view
 from .layer import PTuningLayer
+from .routing import RoutedForward, entering
 from .widening import (
     columns_behind_padding,
     count_positions,
@@ -39,13 +40,15 @@ PACKING_INPUTS = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"})
 REFUSED_INPUTS = frozenset({"lengths", "entity_position_ids", "global_attention_mask", "cross_attention_mask"})
 
 
-def attach(model: nn.Module, backbone: Backbone) -> list[torch.utils.hooks.RemovableHandle]:
+def attach(model: nn.Module, backbone: Backbone) -> list[torch.utils.hooks.RemovableHandle | RoutedForward]:
     """Registers the hooks on the backbone (and the decoder that attends to it); their handles undo it."""
     stack = model.get_submodule(backbone.name)
     handles = [
         stack.register_forward_pre_hook(_Widen(backbone), with_kwargs=True),
         stack.register_forward_hook(_Trim(backbone), with_kwargs=True),
     ]
+    if not backbone.name:
+        handles.append(RoutedForward(stack))
     if backbone.decoder is not None:
         decoder = model.get_submodule(backbone.decoder)
         handles.append(decoder.register_forward_pre_hook(_WidenMemoryMask(backbone), with_kwargs=True))
@@ -69,7 +72,12 @@ class _Widen:
     def __init__(self, backbone: Backbone):
         self.backbone = backbone
 
-    def __call__(self, stack: nn.Module, args: tuple, kwargs: dict) -> Optional[tuple[tuple, dict]]:
+    def __call__(self, stack: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        widened = self._widen(stack, args, kwargs)
+        return (args, entering(stack, kwargs)) if widened is None else ((), entering(stack, widened))
+
+    def _widen(self, stack: nn.Module, args: tuple, kwargs: dict) -> Optional[dict]:
+        """The backbone's inputs by name, with the prompt; `None` if they are to stay as they are."""
         layer = find_layer(stack, self.backbone)
         adapter_name = layer.prompted_adapter
         inputs = {**dict(zip(self.backbone.parameters, args)), **kwargs}
@@ -94,7 +102,7 @@ class _Widen:
         if past:
             length = held_prompt(cache)[1]
             self._check_length(stack, inputs, past - length + user_length, length)
-            return (), self._widen_step(inputs, user_length, past, length)
+            return self._widen_step(inputs, user_length, past, length)
 
         prompt = layer.prompt(adapter_name)
         self._check_length(stack, inputs, user_length, len(prompt))
@@ -103,7 +111,7 @@ class _Widen:
         if isinstance(cache, Cache):
             hide_prompt(cache, adapter_name, len(prompt))
             inputs["past_key_values"] = open_view(cache)
-        return (), self._widen_first(inputs, prompt, inputs_embeds)
+        return self._widen_first(inputs, prompt, inputs_embeds)
 
     def _widen_first(self, inputs: dict, prompt: torch.Tensor, inputs_embeds: torch.Tensor) -> dict:
         """The inputs of a call that begins a sequence, with the prompt in front."""

@@ -2,7 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import copy
 import importlib
+import inspect
 import multiprocessing
 import pickle
 import subprocess
@@ -11,9 +13,12 @@ import sys
 import peft
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from families import make_model
 from peft import AutoPeftModelForSequenceClassification, PeftModel, get_peft_model, inject_adapter_in_model
 from reference import V, main_output, make_batch
+from sentence_transformers import SentenceTransformer
+from transformers import BertTokenizer
 
 import peft_ptuning_ext
 from peft_ptuning_ext import PTuningConfig, PTuningModel
@@ -120,6 +125,58 @@ def test_transformers_own_adapter_methods(family, task, tmp_path) -> None:
 
     wrapped = PeftModel.from_pretrained(make_model(family, task), tmp_path / "adapter").eval()
     torch.testing.assert_close(main_output(wrapped(**batch)), enabled, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["BERT", "Llama", "MPNet"])
+@torch.no_grad()
+def test_forward_of_a_bare_backbone_is_a_call(family) -> None:
+    """Torch runs hooks on calls only, and sentence-transformers calls `forward`."""
+    batch = make_batch(family, "FEATURE_EXTRACTION")
+    untouched = make_model(family, "FEATURE_EXTRACTION")
+    model = make_model(family, "FEATURE_EXTRACTION")
+    model.add_adapter(make_config())
+    model.eval()
+    expected = main_output(model(**batch))
+    assert torch.equal(main_output(model.forward(**batch)), expected)
+    assert torch.equal(main_output(model.forward(batch["input_ids"], batch["attention_mask"])), expected)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(main_output(twin.forward(**batch)), expected)
+        assert isinstance(twin, type(untouched))
+    hidden = model.forward(**batch, output_hidden_states=True).hidden_states
+    assert [state.shape[1] for state in hidden] == [batch["input_ids"].shape[1]] * 3
+    model.disable_adapters()
+    assert torch.equal(main_output(model.forward(**batch)), main_output(untouched(**batch)))
+    model.enable_adapters()
+    assert inspect.signature(model.forward) == inspect.signature(untouched.forward)
+    assert (type(model).__name__, type(model).__module__) == (type(untouched).__name__, type(untouched).__module__)
+
+    add_hook_to_module(model, ModelHook())  # puts a `forward` of its own on the instance
+    assert torch.equal(main_output(model(**batch)), expected)
+    remove_hook_from_module(model)
+    hooked = make_model(family, "FEATURE_EXTRACTION")
+    add_hook_to_module(hooked, ModelHook())
+    hooked.add_adapter(make_config())
+    peft.set_peft_model_state_dict(hooked.eval(), peft.get_peft_model_state_dict(model))
+    assert torch.equal(main_output(hooked(**batch)), expected)
+
+
+@torch.no_grad()
+def test_sentence_transformers_pools_the_users_tokens(tmp_path) -> None:
+    model = make_model("BERT", "FEATURE_EXTRACTION")
+    model.save_pretrained(tmp_path)
+    BertTokenizer(vocab={w: i for i, w in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "b"])}).save_pretrained(
+        tmp_path
+    )
+    texts = ["a", "a b b a"]
+    plain = SentenceTransformer(str(tmp_path), device="cpu")
+    before = plain.encode(texts, convert_to_tensor=True)
+    plain.add_adapter(make_config(task_type="FEATURE_EXTRACTION"))
+    embedded = plain.eval().encode(texts, convert_to_tensor=True)
+    assert not torch.allclose(embedded, before)
+    batch = plain.tokenizer(texts, padding=True, return_tensors="pt")
+    hidden = plain[0].model(**batch).last_hidden_state
+    mask = batch["attention_mask"][..., None]
+    torch.testing.assert_close(embedded, (hidden * mask).sum(1) / mask.sum(1), rtol=0, atol=1e-6)
 
 
 @torch.no_grad()
