@@ -95,9 +95,8 @@ class PTuningModel(BaseTuner):
 
     def inject_adapter(self, model, adapter_name, *args, **kwargs) -> None:
         requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-        is_first = not _has_layer(model)
-        if is_first:
-            self._requires_grad_before = requires_grad
+        vars(self).setdefault("_requires_grad_before", requires_grad)
+        is_first = not any(isinstance(module, PTuningLayer) for module in model.modules())
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
@@ -107,6 +106,7 @@ class PTuningModel(BaseTuner):
                 _take_out_adapter(model, adapter_name)
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(requires_grad[name])
+            self.peft_config.pop(adapter_name, None)  # transformers' dict, if it is an adapter beside others there
             raise
 
     def _prepare_adapter_config(self, peft_config: PTuningConfig, model_config: dict) -> PTuningConfig:
@@ -183,10 +183,6 @@ class PTuningModel(BaseTuner):
 
     def _layer(self) -> PTuningLayer:
         return next(module for module in self.model.modules() if isinstance(module, PTuningLayer))
-
-
-def _has_layer(model: nn.Module) -> bool:
-    return any(isinstance(module, PTuningLayer) for module in model.modules())
 
 
 def _take_out(model: nn.Module) -> None:

@@ -205,6 +205,28 @@ def test_an_injection_that_fails_late_leaves_the_model_as_it_was() -> None:
     assert all(parameter.requires_grad for parameter in base.parameters())
 
 
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute in the model:UserWarning")
+def test_a_further_adapter_that_fails_in_transformers_leaves_no_name_behind() -> None:
+    model = make_model("BERT", "SEQ_CLS")
+    model.add_adapter(PTuningConfig(num_virtual_tokens=V))
+    with pytest.raises(TypeError, match="ModuleList"):
+        model.add_adapter(PTuningConfig(num_virtual_tokens=V, modules_to_save=["encoder.layer"]), "other")
+    assert list(model.peft_config) == ["default"]
+    model.add_adapter(PTuningConfig(num_virtual_tokens=V), "other")
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time:UserWarning")
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute in the model:UserWarning")
+def test_unloading_a_model_that_had_an_injected_adapter() -> None:
+    base = make_model("BERT", "SEQ_CLS")
+    base.add_adapter(PTuningConfig(num_virtual_tokens=V))
+    model = get_peft_model(base, PTuningConfig(num_virtual_tokens=V + 1), adapter_name="second")
+    assert len(model.prompt_embeddings("default")) == V
+    untouched = make_model("BERT", "SEQ_CLS")
+    unloaded = [(n, type(m)) for n, m in model.unload().named_modules()]
+    assert unloaded == [(n, type(m)) for n, m in untouched.named_modules()]
+
+
 @pytest.mark.parametrize("name", ["bert", "embeddings", "word_embeddings", "bert.embeddings"])
 def test_the_embedding_cannot_be_saved_beside_its_prompt(name) -> None:
     base = make_model("BERT", "SEQ_CLS")
