@@ -59,7 +59,9 @@ class CheckpointSource:
         if os.path.isfile(os.path.join(folder, WEIGHTS_NAME)):
             raise ValueError(
                 f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}, only the pickle {WEIGHTS_NAME}, which can run code when "
-                "it is loaded. If you trust it, load it with `use_safetensors=False`."
+                "it is loaded. If you trust it, pass `use_safetensors=False` to `PeftModel.from_pretrained`; beside "
+                "other adapters, to `PTuningConfig.from_pretrained`, and that config to `model.add_adapter(name, "
+                "config)` before `model.load_adapter(folder, name)`."
             )
         raise ValueError(
             f"{folder} has an adapter config but no {SAFETENSORS_WEIGHTS_NAME} beside it. To start a new adapter with "

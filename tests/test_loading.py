@@ -122,6 +122,10 @@ def test_a_pickle_is_loaded_when_asked_for(saved) -> None:
     _as_pickle(saved)
     model = PeftModel.from_pretrained(make_model("BERT", "SEQ_CLS"), saved, use_safetensors=False)
     assert torch.equal(model.prompt_embeddings(), expected)
+    model.add_adapter("further", PTuningConfig.from_pretrained(saved, use_safetensors=False))
+    assert not torch.equal(model.prompt_embeddings("further"), expected)
+    model.load_adapter(saved, "further")
+    assert torch.equal(model.prompt_embeddings("further"), expected)
 
 
 def test_a_loaded_config_can_start_a_new_adapter(saved) -> None:
