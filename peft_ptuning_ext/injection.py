@@ -127,12 +127,12 @@ class _Widen:
             widened["token_type_ids"] = widen_per_token(inputs["token_type_ids"], length, 0)
         mask = inputs.get("attention_mask")
         if mask is not None:
-            widened["attention_mask"] = _widen_mask(self.backbone, mask, length)
+            widened["attention_mask"] = widen_per_token(mask, length, 1)
             padding = _padding(self.backbone, mask)
             if padding is not None:
                 columns = columns_behind_padding(padding, mask.shape[1] + length, length)
                 widened["inputs_embeds"] = widened["inputs_embeds"].take_along_dim(columns[..., None], dim=1)
-                for key in ("position_ids", "token_type_ids"):
+                for key in ("attention_mask", "position_ids", "token_type_ids"):
                     if widened.get(key) is not None:
                         widened[key] = take_columns(widened[key], columns)
         return widened
