@@ -73,7 +73,7 @@ class PTuningModel(BaseTuner):
         layer = self._layer()
         if adapter_name is None:
             if not layer.active_adapters:
-                raise ValueError("No adapter is active. Name one of " + f"{list(self.peft_config)}.")
+                raise ValueError(f"No adapter is active. Name one of {list(self.peft_config)}.")
             adapter_name = layer.active_adapters[0]
         if adapter_name not in layer.ptuning_encoders:
             raise ValueError(f"There is no adapter {adapter_name!r}, only {list(self.peft_config)}.")

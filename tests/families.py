@@ -62,10 +62,6 @@ class Family:
         return [name for name, auto in TASKS.items() if name not in skipped and config_class in auto._model_mapping]
 
 
-def _t5(**kwargs) -> PretrainedConfig:
-    return tf.T5Config(**kwargs)
-
-
 ENCODERS = {
     "BERT": Family("encoder", tf.BertConfig, ENCODER_SIZES),
     "RoBERTa": Family("encoder", tf.RobertaConfig, {**ENCODER_SIZES, "pad_token_id": 1}),
@@ -137,7 +133,7 @@ DECODERS = {
 ENCODER_DECODERS = {
     "T5": Family(
         "encoder-decoder",
-        _t5,
+        tf.T5Config,
         {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
         | {"pad_token_id": PAD, "eos_token_id": 2, "decoder_start_token_id": PAD},
     ),

@@ -213,6 +213,32 @@ def test_left_padding_in_an_encoder_with_relative_positions() -> None:
 
 
 @torch.no_grad()
+def test_an_encoder_decoder_inside_a_vision_language_model() -> None:
+    """BLIP-2 on T5: padding in the memory that the inner decoder attends to."""
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    queries = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 99}
+    config = tf.Blip2Config(
+        vision_config=vision | {"image_size": 8, "patch_size": 4},
+        qformer_config=queries | {"encoder_hidden_size": 16, "vocab_size": 20},
+        text_config={"model_type": "t5", **text, "decoder_start_token_id": 0},
+        num_query_tokens=2,
+        image_token_index=IMAGE,
+    )
+    model = get_peft_model(tf.Blip2ForConditionalGeneration(config), PTuningConfig(num_virtual_tokens=V)).eval()
+    pixels = torch.randn(1, 3, 8, 8)
+    ids = torch.tensor([[IMAGE, IMAGE, 5, 6, 7]])
+    padded, decoder_ids = torch.cat([ids, torch.zeros(1, 3).long()], dim=1), torch.tensor([[0, 8, 9]])
+    arguments = {"pixel_values": pixels, "decoder_input_ids": decoder_ids}
+    expected = model(input_ids=ids, attention_mask=torch.ones_like(ids), **arguments).logits
+    output = model(input_ids=padded, attention_mask=(padded != 0).long(), **arguments).logits
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-5)
+    with model.disable_adapter():
+        plain = model(input_ids=ids, attention_mask=torch.ones_like(ids), **arguments).logits
+    assert not torch.allclose(plain, expected)
+
+
+@torch.no_grad()
 def test_a_model_whose_embedding_is_offloaded(tmp_path) -> None:
     batch = make_batch("Llama", "CAUSAL_LM")
     adapted = get_peft_model(make_model("Llama", "CAUSAL_LM"), PTuningConfig(num_virtual_tokens=V)).eval()

@@ -72,3 +72,21 @@ def test_logits_of_prompt_positions() -> None:
     batch = make_batch("Llama", "CAUSAL_LM")
     assert make_adapted(STOCK, "Llama", "CAUSAL_LM")(**batch).logits.shape[1] == V + S
     assert make_adapted(OURS, "Llama", "CAUSAL_LM")(**batch).logits.shape[1] == S
+
+
+@torch.no_grad()
+def test_where_the_prompt_starts() -> None:
+    """How far the vectors lie apart, measured by how far the model's own embeddings do."""
+    stock = make_adapted(STOCK, "Llama", "CAUSAL_LM")
+    ours = make_adapted(OURS, "Llama", "CAUSAL_LM")
+    spread = ours.get_input_embeddings().weight.std(dim=0).mean()
+    assert stock.get_prompt(1)[0].std(dim=0).mean() < 0.5 * spread
+    assert ours.prompt_embeddings().std(dim=0).mean() > 0.7 * spread
+
+
+def test_the_size_of_the_network_by_default() -> None:
+    base = make_model("Llama", "CAUSAL_LM")
+    stock = get_peft_model(base, STOCK(num_virtual_tokens=V, task_type="CAUSAL_LM"))
+    assert stock.peft_config["default"].encoder_hidden_size == base.config.hidden_size
+    sizes = {encoder: OURS(encoder_reparameterization_type=encoder).encoder_hidden_size for encoder in ("MLP", "LSTM")}
+    assert sizes == {"MLP": 128, "LSTM": 64}
