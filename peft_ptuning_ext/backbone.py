@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .shared_prompt import why_not_shared
+
 
 # Backbones whose pooler is not a module that takes the last hidden state (B, S, H).
 POOLERS: dict[str, Callable[[nn.Module, torch.Tensor], torch.Tensor]] = {
@@ -58,6 +60,7 @@ class Backbone:
         max_positions (`int`, *optional*): How many tokens its table of positions holds; `None` if it has no table.
         decoder (`str`, *optional*):
             Path in the model of the decoder that attends to this backbone, if it is an encoder-decoder's encoder.
+        not_shared (`str`, *optional*): Why the prompt can't be shared by the rows of a batch; `None` if it can.
     """
 
     name: str
@@ -69,6 +72,7 @@ class Backbone:
     first_position: int
     max_positions: Optional[int]
     decoder: Optional[str]
+    not_shared: Optional[str]
 
     @property
     def embedding_path(self) -> str:
@@ -136,6 +140,7 @@ def find_backbone(model: nn.Module) -> Backbone:
         first_position=first_position,
         max_positions=max_positions,
         decoder=decoder,
+        not_shared="it counts positions in a way of its own" if first_position > 0 else why_not_shared(backbone),
     )
 
 

@@ -15,9 +15,26 @@ from torch import nn
 from transformers import Cache
 
 from .backbone import Backbone, pool
-from .cache import forget_prompt, held_prompt, hide_prompt, open_view
+from .cache import (
+    filled_length,
+    forget_prompt,
+    held_prompt,
+    hide_prompt,
+    is_filled,
+    open_view,
+    remember_prompt,
+)
 from .layer import PTuningLayer
 from .routing import RoutedForward, entering
+from .shared_prompt import (
+    ARGUMENT,
+    InFront,
+    SharedPrompt,
+    SharingAttention,
+    checkpoints_reentrantly,
+    record_prompt,
+    takes_shared_prompt,
+)
 from .widening import (
     columns_behind_padding,
     count_positions,
@@ -39,8 +56,10 @@ PACKING_INPUTS = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"})
 # Arguments that speak of positions or lengths in ways that have no rule for a prompt.
 REFUSED_INPUTS = frozenset({"lengths", "entity_position_ids", "global_attention_mask", "cross_attention_mask"})
 
+Handle = torch.utils.hooks.RemovableHandle | RoutedForward | SharingAttention
 
-def attach(model: nn.Module, backbone: Backbone) -> list[torch.utils.hooks.RemovableHandle | RoutedForward]:
+
+def attach(model: nn.Module, backbone: Backbone) -> list[Handle]:
     """Registers the hooks on the backbone (and the decoder that attends to it); their handles undo it."""
     stack = model.get_submodule(backbone.name)
     handles = [
@@ -49,6 +68,8 @@ def attach(model: nn.Module, backbone: Backbone) -> list[torch.utils.hooks.Remov
     ]
     if not backbone.name:
         handles.append(RoutedForward(stack))
+    if backbone.not_shared is None:
+        handles.append(SharingAttention(stack))
     if backbone.decoder is not None:
         decoder = model.get_submodule(backbone.decoder)
         handles.append(decoder.register_forward_pre_hook(_WidenMemoryMask(backbone), with_kwargs=True))
@@ -82,11 +103,9 @@ class _Widen:
         adapter_name = layer.prompted_adapter
         inputs = {**dict(zip(self.backbone.parameters, args)), **kwargs}
         cache = inputs.get("past_key_values")
-        past = 0
         if isinstance(cache, Cache):
             inputs["past_key_values"] = open_view(cache)
-            past = inputs["past_key_values"].get_seq_length()
-            if past:
+            if is_filled(cache):
                 _check_cache(cache, adapter_name)
             else:
                 forget_prompt(cache)  # it was reset
@@ -98,12 +117,16 @@ class _Widen:
         if inputs_embeds is None and input_ids.dim() != 2:
             raise ValueError(f"{type(stack).__name__} got `input_ids` of shape {tuple(input_ids.shape)}, not (B, S).")
         batch_size, user_length = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
-        self._check(stack, inputs, batch_size, user_length)
-        if past:
-            length = held_prompt(cache)[1]
-            self._check_length(stack, inputs, past - length + user_length, length)
-            return self._widen_step(inputs, user_length, past, length)
+        _check_names(stack, inputs)
+        held = held_prompt(cache)
+        if isinstance(held, SharedPrompt) or (held is None and self._shares(stack, inputs, batch_size)):
+            return self._share(stack, layer, adapter_name, inputs, user_length)
 
+        self._check(stack, inputs, batch_size, user_length)
+        past = filled_length(cache)
+        if held is not None:
+            self._check_length(stack, inputs, past - held.length + user_length, held.length)
+            return self._widen_step(inputs, user_length, past, held.length)
         prompt = layer.prompt(adapter_name)
         self._check_length(stack, inputs, user_length, len(prompt))
         if inputs_embeds is None:
@@ -112,6 +135,52 @@ class _Widen:
             hide_prompt(cache, adapter_name, len(prompt))
             inputs["past_key_values"] = open_view(cache)
         return self._widen_first(inputs, prompt, inputs_embeds)
+
+    def _shares(self, stack: nn.Module, inputs: dict, batch_size: int) -> bool:
+        """Whether the rows of a call that begins a sequence are to share the prompt."""
+        if why_concatenated(stack, self.backbone) is not None:
+            return False
+        if not torch.is_grad_enabled() or batch_size > 1 or inputs.get("past_key_values") is not None:
+            return True
+        # One row: two passes that read the weights cost more than a longer one. But what can't be widened is not.
+        return not _is_plain_mask(inputs.get("attention_mask")) or _is_packed(inputs)
+
+    def _share(self, stack: nn.Module, layer: PTuningLayer, adapter_name: str, inputs: dict, user_length: int) -> dict:
+        """The inputs of a call whose rows share the prompt: only the positions are others."""
+        length = layer.prompt_length(adapter_name)
+        cache, mask, positions = (inputs.get(key) for key in ("past_key_values", "attention_mask", "position_ids"))
+        past, mask = filled_length(cache), mask if _is_plain_mask(mask) else None
+        if not isinstance(past, torch.Tensor):
+            _check_mask_length(mask, past, user_length)
+            self._check_length(stack, inputs, past + user_length, length)
+        held = held_prompt(cache)
+        prompt = held if isinstance(held, SharedPrompt) else self._shared_prompt(stack, layer, adapter_name, inputs)
+        tokens = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
+        columns = (torch.arange(user_length, device=tokens.device) + past)[None]
+        if positions is None:
+            positions = columns if mask is None else take_columns(count_positions(mask), columns)
+        if mask is not None:
+            distances = columns - leading_padding(mask)
+        else:
+            distances = positions if positions.dim() == 2 else columns  # not those of multimodal embeddings
+        if isinstance(cache, Cache):
+            remember_prompt(cache, prompt)
+        return {**inputs, "position_ids": positions + length, ARGUMENT: InFront(prompt, distances + length)}
+
+    def _shared_prompt(self, stack: nn.Module, layer: PTuningLayer, adapter_name: str, inputs: dict) -> SharedPrompt:
+        """The keys and values of the prompt: those kept, where no gradient is asked for, or new ones."""
+        embeds = layer.prompt(adapter_name)[None]
+        if inputs.get("inputs_embeds") is not None:
+            embeds = embeds.to(inputs["inputs_embeds"])
+        else:
+            embeds = embeds.to(layer.weight.dtype if layer.weight.is_floating_point() else stack.dtype)
+        keeps = not torch.is_grad_enabled() and not stack.training and not torch.compiler.is_compiling()
+        prompt = layer.kept_prompts.find(stack, adapter_name, embeds) if keeps else None
+        if prompt is None:
+            prompt = record_prompt(stack, adapter_name, embeds, entering(stack, {}))
+            if keeps:
+                layer.kept_prompts.keep(stack, embeds, prompt)
+        return prompt
 
     def _widen_first(self, inputs: dict, prompt: torch.Tensor, inputs_embeds: torch.Tensor) -> dict:
         """The inputs of a call that begins a sequence, with the prompt in front."""
@@ -142,11 +211,7 @@ class _Widen:
         widened = dict(inputs)
         mask = inputs.get("attention_mask")
         if mask is not None:
-            if mask.shape[1] != past - length + user_length:
-                raise ValueError(
-                    f"The attention mask covers {mask.shape[1]} tokens, but the cache holds {past - length} and "
-                    f"{user_length} are new. Pass a mask of all of the user's tokens, without the virtual ones."
-                )
+            _check_mask_length(mask, past - length, user_length)
             widened["attention_mask"] = _widen_mask(self.backbone, mask, length)
         positions = self._positions(inputs)
         if positions is not None:
@@ -171,12 +236,12 @@ class _Widen:
         """Refuses what would otherwise be silently wrong."""
         name = type(stack).__name__
         mask = inputs.get("attention_mask")
-        if mask is not None and not (isinstance(mask, torch.Tensor) and mask.dim() == 2):
+        if not _is_plain_mask(mask):
             kind = f"{mask.dim()}-D mask" if isinstance(mask, torch.Tensor) else type(mask).__name__
             raise ValueError(
                 f"{name} got an attention mask that has no room for the prompt ({kind}) instead of a 2-D one (B, S). "
                 "`generate` makes such masks for static caches (leave `cache_implementation` at its default), and "
-                "some vision-language models for image tokens: neither is supported yet."
+                f"some vision-language models for image tokens: neither is possible here, because {why_concatenated(stack, self.backbone)}."
             )
         for key, value in inputs.items():
             if key in WIDENED_INPUTS or key in UNTOUCHED_INPUTS or not isinstance(value, torch.Tensor):
@@ -187,11 +252,7 @@ class _Widen:
                     f"{name} got the per-token input `{key}` of shape {tuple(value.shape)}, for which P-tuning has no "
                     "rule: what a virtual token's value should be is not known."
                 )
-        if refused := [key for key in REFUSED_INPUTS if inputs.get(key) is not None]:
-            raise ValueError(f"{name} got `{refused[0]}`, for which P-tuning has no rule.")
-        if any(inputs.get(key) is not None for key in PACKING_INPUTS) or (
-            self.backbone.is_causal and _is_packed(inputs)
-        ):
+        if self.backbone.is_causal and _is_packed(inputs):
             raise ValueError(
                 f"{name} got several texts packed into one row, of which only the first would see the prompt. "
                 "Pass one text per row, padded, with an attention mask."
@@ -223,6 +284,11 @@ class _Trim:
         layer = find_layer(stack, self.backbone)
         adapter_name = layer.prompted_adapter
         if adapter_name is None or self.backbone.decoder is not None:
+            return output
+        if (in_front := kwargs.get(ARGUMENT)) is not None:
+            for value in output if isinstance(output, tuple) else output.values():
+                if isinstance(value, Cache):
+                    remember_prompt(value, in_front.prompt)
             return output
         is_tuple = isinstance(output, tuple)
         output = list(output) if is_tuple else output
@@ -273,9 +339,42 @@ class _WidenMemoryMask:
         return args, {**kwargs, "encoder_attention_mask": widened}
 
 
+def why_concatenated(stack: nn.Module, backbone: Backbone) -> Optional[str]:
+    """Why the prompt is not shared by the rows of a batch; `None` if it is."""
+    if backbone.not_shared is None and not takes_shared_prompt(stack):
+        return f"its attention implementation was changed to {stack.config._attn_implementation!r}"
+    if backbone.not_shared is None and torch.is_grad_enabled() and checkpoints_reentrantly(stack):
+        return "it checkpoints gradients, and not with `use_reentrant=False`"
+    return backbone.not_shared
+
+
+def _is_plain_mask(mask: Any) -> bool:
+    return mask is None or (isinstance(mask, torch.Tensor) and mask.dim() == 2)
+
+
+def _check_names(stack: nn.Module, inputs: dict) -> None:
+    """Refuses arguments by name."""
+    name = type(stack).__name__
+    if refused := [key for key in REFUSED_INPUTS if inputs.get(key) is not None]:
+        raise ValueError(f"{name} got `{refused[0]}`, for which P-tuning has no rule.")
+    if packing := [key for key in PACKING_INPUTS if inputs.get(key) is not None]:
+        raise ValueError(
+            f"{name} got `{packing[0]}`: several texts packed into one row, of which only the first would see the "
+            "prompt. Pass one text per row, padded, with an attention mask."
+        )
+
+
+def _check_mask_length(mask: Optional[torch.Tensor], past: int, user_length: int) -> None:
+    if mask is not None and mask.shape[1] < past + user_length:
+        raise ValueError(
+            f"The attention mask covers {mask.shape[1]} tokens, but the cache holds {past} and {user_length} are new. "
+            "Pass a mask of all of the user's tokens, without the virtual ones."
+        )
+
+
 def _check_cache(cache: Cache, adapter_name: Optional[str]) -> None:
     """Refuses to go on under one adapter behind a cache that was filled under another."""
-    held, _ = held_prompt(cache)
+    held = getattr(held_prompt(cache), "adapter_name", None)
     if held != adapter_name:
         under = {None: "no adapter"}
         raise ValueError(

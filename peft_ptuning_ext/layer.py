@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 
 from .config import PTuningConfig
 from .encoder import build_encoder
+from .shared_prompt import KeptPrompts
 
 
 # How many of the model's embeddings are looked at for their mean and standard deviation.
@@ -35,6 +36,7 @@ class PTuningLayer(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.ptuning_encoders = nn.ModuleDict()
+        self.kept_prompts = KeptPrompts()
         self._active_adapter = []
         self.merged_adapters = []
 
@@ -55,6 +57,10 @@ class PTuningLayer(nn.Module, BaseTunerLayer):
         if len(names) > 1:
             raise ValueError(f"Only one P-tuning adapter can be active at a time, got {names}.")
         super().set_adapter(names, inference_mode=inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self.kept_prompts.forget(adapter_name)
 
     def update_layer(self, adapter_name: str, config: PTuningConfig) -> None:
         """Adds the encoder of a new adapter. Its prompt starts where `config` says, unless it is made on meta."""

@@ -18,7 +18,7 @@ from .backbone import find_backbone
 from .checkpoint import ENCODER_KEY, check_file, check_state
 from .config import PTuningConfig
 from .encoder import build_encoder
-from .injection import attach
+from .injection import attach, why_concatenated
 from .layer import PTuningLayer
 from .registration import PREFIX
 
@@ -79,6 +79,25 @@ class PTuningModel(BaseTuner):
             raise ValueError(f"There is no adapter {adapter_name!r}, only {list(self.peft_config)}.")
         prompt = layer.prompt(adapter_name)
         return prompt.to(layer.weight.dtype) if layer.weight.is_floating_point() else prompt
+
+    @property
+    def prompt_route(self) -> str:
+        """How the prompt gets to the text: `"shared"`, or `"concatenated: "` and the reason.
+
+        A shared prompt is computed once for all rows of a batch. A single row that needs gradients is concatenated all
+        the same, which is faster.
+        """
+        backbone = find_backbone(self.model)
+        reason = why_concatenated(self.model.get_submodule(backbone.name), backbone)
+        return "shared" if reason is None else f"concatenated: {reason}"
+
+    def forget_kept_prompts(self) -> None:
+        """Drops the keys and values of prompts that are kept between calls.
+
+        They are dropped by themselves whenever the prompt, a weight, dtype or device changes; call this after writing to
+        weights through `parameter.data`, which leaves no trace.
+        """
+        self._layer().kept_prompts.forget()
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)

@@ -62,8 +62,9 @@ def trim(value: Any, batch_size: int, total: int, length: int, columns: Optional
 
     Args:
         value (`Any`):
-            (B, V+S, …) tensors lose their V positions, (B·(V+S), E) router logits their V rows of each sequence;
-            tuples and lists are walked; attention maps (B, heads, V+S, V+S) and all else are left alone.
+            (B, V+S, …) tensors lose their V positions, (B·(V+S), E) router logits their V rows of each sequence and
+            attention maps (B, heads, V+S, V+S) their V rows, not the columns; tuples and lists are walked; all else
+            is left alone.
         batch_size (`int`): B.
         total (`int`): V + S.
         length (`int`): V.
@@ -72,6 +73,8 @@ def trim(value: Any, batch_size: int, total: int, length: int, columns: Optional
     if isinstance(value, torch.Tensor):
         if value.dim() == 3 and value.shape[1] == total:
             return value[:, length:] if columns is None else value.take_along_dim(columns[..., None], dim=1)
+        if value.dim() == 4 and value.shape[2:] == (total, total):
+            return value[:, :, length:] if columns is None else value.take_along_dim(columns[:, None, :, None], dim=2)
         if value.dim() == 2 and value.shape[0] == batch_size * total:
             rows = value.unflatten(0, (batch_size, total))
             return trim(rows, batch_size, total, length, columns).flatten(0, 1)

@@ -48,11 +48,22 @@ def test_hidden_equals_concatenated(family: str, task: str) -> None:
     model = make_adapted(family, task)
     batch = make_batch(family, task)
     expected = concatenated(make_model(family, task), task, model.prompt_embeddings().detach(), batch)
-    output = main_output(model(**batch))
-    assert output.shape == expected.shape
-    torch.testing.assert_close(
-        unmasked(output, batch["attention_mask"]), unmasked(expected, batch["attention_mask"]), rtol=0, atol=0
-    )
+    routes = {"concatenated": 0.0}
+    if model.prompt_route == "shared":
+        routes = {"shared": 1e-5} | routes  # matrices of another shape are summed in another order
+    for route, tolerance in routes.items():
+        if model.prompt_route != route:
+            _, stack = embedding_and_backbone(model.get_base_model())
+            stack.set_attn_implementation("sdpa" if stack._supports_sdpa else "eager")
+        assert model.prompt_route.startswith(route)
+        output = main_output(model(**batch))
+        assert output.shape == expected.shape
+        torch.testing.assert_close(
+            unmasked(output, batch["attention_mask"]),
+            unmasked(expected, batch["attention_mask"]),
+            rtol=0,
+            atol=tolerance,
+        )
 
 
 @cells
@@ -114,8 +125,8 @@ def test_outputs_have_the_user_length(family: str, task: str) -> None:
         for value, base_value in zip(_tensors(outputs[key]), _tensors(expected[key]), strict=True):
             extra = [(i, a - b) for i, (a, b) in enumerate(zip(value.shape, base_value.shape, strict=True)) if a != b]
             if key in ("attentions", "encoder_attentions"):
-                assert all(difference == V for _, difference in extra)
-                assert [i for i, _ in extra] == ([2, 3] if value.dim() == 4 else [])
+                rows = [] if key == "attentions" else [(2, V)]
+                assert extra == ([*rows, (3, V)] if value.dim() == 4 else [])
             elif key in ("cross_attentions", "encoder_last_hidden_state", "encoder_hidden_states"):
                 assert extra == [(3 if key == "cross_attentions" else 1, V)]  # what the decoder attends to
             elif key != "past_key_values":
@@ -234,10 +245,13 @@ def test_gradient_checkpointing_changes_nothing(family: str, task: str) -> None:
         return next(p.grad.clone() for n, p in model.named_parameters() if "ptuning_" in n), len(calls)
 
     expected, once = gradient()
+    passes = 2 if model.prompt_route == "shared" else 1
+    assert passes == 1 or once == 2 * len(layers)
     for use_reentrant in (False, True):
         base.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+        assert (model.prompt_route == "shared") == (passes == 2 and not use_reentrant)
         found, recomputed = gradient()
-        assert recomputed == 2 * once
+        assert recomputed == 2 * once // (passes if use_reentrant else 1)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
 
 

@@ -115,10 +115,11 @@ def test_a_cache_belongs_to_the_adapter_that_filled_it() -> None:
 
 
 @torch.no_grad()
-def test_static_caches_are_refused() -> None:
+def test_static_caches_are_refused_where_the_prompt_is_concatenated() -> None:
     model = make_adapted("Llama", "CAUSAL_LM")
+    model.get_base_model().set_attn_implementation("sdpa")
     batch = make_batch("Llama", "CAUSAL_LM", lengths=(6, 6))
-    with pytest.raises(ValueError, match="static caches"):
+    with pytest.raises(ValueError, match="static caches.*changed to 'sdpa'"):
         model.generate(**batch, **GREEDY, cache_implementation="static")
 
 

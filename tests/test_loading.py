@@ -295,5 +295,7 @@ def test_a_text_too_long_for_the_positions_names_both_numbers(family, task) -> N
 def test_what_would_be_silently_wrong_is_refused(arguments, message) -> None:
     model = get_peft_model(make_model("Llama", "CAUSAL_LM"), PTuningConfig(num_virtual_tokens=V)).eval()
     batch = make_batch("Llama", "CAUSAL_LM", lengths=(7, 7)) | arguments
+    model.get_base_model().set_attn_implementation("sdpa")  # the prompt is concatenated then
+    assert "changed to 'sdpa'" in model.prompt_route
     with pytest.raises(ValueError, match=message):
         model.get_base_model().model(**batch, use_cache=False)

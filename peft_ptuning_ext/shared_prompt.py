@@ -1,0 +1,343 @@
+# SPDX-FileCopyrightText: 2026 The peft_ptuning_ext authors
+# SPDX-License-Identifier: Apache-2.0
+"""The prompt computed once for all rows of a batch, when that is allowed, and kept between calls.
+
+What comes first does not depend on what follows, so on a causal decoder the keys and values of the prompt are the same
+for every row. They are made by one pass of the prompt at batch size 1 and put in front of the text's when attention
+runs. Everything else is the base model's own doing on the user's tokens, whose positions begin at V: its masks, its
+cache (which never holds the prompt) and its outputs have the user's length.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import weakref
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+from torch.nn.attention.bias import causal_lower_right
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import eager_mask, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+
+# The argument by which the backbone hands the prompt down to its attention.
+ARGUMENT = "ptuning_prompt"
+
+# Attention implementations that take a prompt, under the names that they have while they do.
+IMPLEMENTATIONS = {"sdpa": "ptuning_sdpa", "eager": "ptuning_eager"}
+
+# Kinds of layers whose memory of the prompt is its keys and values, all of them or those within a window.
+LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+
+# Rotary embeddings whose frequencies depend on how long the whole text is, prompt and all.
+LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
+
+# For how many adapters of a model keys and values are kept; the one stored first goes first.
+KEPT_ADAPTERS = 16
+
+
+@dataclass(frozen=True)
+class SharedPrompt:
+    """Keys and values of one adapter's prompt in every layer.
+
+    Args:
+        adapter_name (`str`): The adapter.
+        length (`int`): V.
+        layers (`dict[int, tuple]`): By layer, keys and values as attention receives them, (1, key-value heads, V, D).
+    """
+
+    adapter_name: str
+    length: int
+    layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+
+@dataclass
+class _Recording:
+    """Passed in place of [`InFront`] while the prompt itself is computed."""
+
+    layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+    def extend(self, layer_index: int, key: torch.Tensor, value: torch.Tensor, mask: Any, *_: Any) -> tuple:
+        self.layers[layer_index] = key, value
+        return key, value, mask
+
+
+@dataclass
+class InFront:
+    """A prompt in front of the text of one call.
+
+    Args:
+        prompt ([`SharedPrompt`]): The prompt.
+        distances (`torch.Tensor`):
+            How many unmasked tokens, the prompt's too, stand before each of the call's: (B or 1, S).
+    """
+
+    prompt: SharedPrompt
+    distances: torch.Tensor
+    masks: dict = field(default_factory=dict)
+
+    def extend(
+        self,
+        layer_index: int,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: Optional[torch.Tensor],
+        queries: int,
+        window: Optional[int],
+    ) -> tuple[torch.Tensor, torch.Tensor, Any]:
+        """Puts the prompt in front of keys and values (B, heads, N, D), and its V columns in front of the mask.
+
+        Args:
+            layer_index (`int`): The layer.
+            key (`torch.Tensor`): The text's keys.
+            value (`torch.Tensor`): The text's values.
+            mask (`torch.Tensor`, *optional*):
+                The text's mask, (B or 1, heads or 1, S, N or more), boolean or additive; `None`: causal.
+            queries (`int`): S.
+            window (`int`, *optional*): How far a sliding window reaches back.
+        """
+        prompt_key, prompt_value = self.prompt.layers[layer_index]
+        batch_size, tokens = len(key), key.shape[2]
+        key = torch.cat([prompt_key.to(key).expand(batch_size, -1, -1, -1), key], dim=2)
+        value = torch.cat([prompt_value.to(value).expand(batch_size, -1, -1, -1), value], dim=2)
+        if mask is None and window is None:
+            if queries == 1:
+                return key, value, None
+            if queries == tokens:
+                return key, value, causal_lower_right(queries, self.prompt.length + tokens)
+        if torch.compiler.is_compiling():
+            return key, value, self._widen_mask(mask, queries, tokens, window, key.device)
+        # The layers of a call share one mask for each window.
+        of_mask, widened = self.masks.get(window, (self, None))
+        if of_mask is not mask:
+            widened = self._widen_mask(mask, queries, tokens, window, key.device)
+            self.masks[window] = mask, widened
+        return key, value, widened.to(key.device)
+
+    def _widen_mask(
+        self, mask: Optional[torch.Tensor], queries: int, tokens: int, window: Optional[int], device: torch.device
+    ) -> torch.Tensor:
+        length = self.prompt.length
+        if mask is None:
+            mask = torch.ones(1, 1, queries, tokens, dtype=torch.bool, device=device)
+            mask = mask if queries == 1 else mask.tril()
+        mask = mask[..., :tokens]
+        if window is None:
+            visible = torch.ones(1, 1, 1, length, dtype=torch.bool, device=device)
+        else:
+            column = torch.arange(length, device=device)
+            visible = self.distances.to(device)[:, None, :, None] - column < window
+        if mask.dtype != torch.bool:
+            visible = mask.new_zeros(()).masked_fill(~visible, torch.finfo(mask.dtype).min)
+        shape = torch.broadcast_shapes(mask.shape[:-1], visible.shape[:-1])
+        return torch.cat([visible.expand(*shape, -1), mask.expand(*shape, -1)], dim=-1)
+
+
+def _attend(attention, module, query, key, value, attention_mask, kwargs):
+    prompt = kwargs.pop(ARGUMENT, None)
+    if prompt is not None:
+        key, value, attention_mask = prompt.extend(
+            module.layer_idx, key, value, attention_mask, query.shape[2], kwargs.get("sliding_window")
+        )
+    return attention(module, query, key, value, attention_mask, **kwargs)
+
+
+def _sdpa_attention(module, query, key, value, attention_mask, **kwargs):
+    return _attend(ALL_ATTENTION_FUNCTIONS["sdpa"], module, query, key, value, attention_mask, kwargs)
+
+
+def _eager_attention(module, query, key, value, attention_mask, **kwargs):
+    return _attend(_own_eager_attention(type(module)), module, query, key, value, attention_mask, kwargs)
+
+
+def _own_eager_attention(attention_class: type[nn.Module]):
+    """Every model has an eager attention of its own, in the file of its attention class."""
+    for parent in attention_class.__mro__:
+        if (function := getattr(sys.modules[parent.__module__], "eager_attention_forward", None)) is not None:
+            return function
+    raise ValueError(f"{attention_class.__name__} has no eager attention. Choose `attn_implementation='sdpa'`.")
+
+
+AttentionInterface.register(IMPLEMENTATIONS["sdpa"], _sdpa_attention)
+AttentionInterface.register(IMPLEMENTATIONS["eager"], _eager_attention)
+AttentionMaskInterface.register(IMPLEMENTATIONS["sdpa"], sdpa_mask)
+AttentionMaskInterface.register(IMPLEMENTATIONS["eager"], eager_mask)
+
+
+class SharingAttention:
+    """Lets the attention of `stack` take a prompt until `remove()`, like a handle of a hook."""
+
+    def __init__(self, stack: PreTrainedModel):
+        self.config = stack.config
+        self.config._attn_implementation = IMPLEMENTATIONS[self.config._attn_implementation]
+
+    def remove(self) -> None:
+        for original, name in IMPLEMENTATIONS.items():
+            if self.config._attn_implementation == name:
+                self.config._attn_implementation = original
+
+
+def why_not_shared(stack: PreTrainedModel) -> Optional[str]:
+    """Why the prompt can't be shared by the rows in this backbone; `None` if it can."""
+    config = stack.config
+    parameters = inspect.signature(type(stack).forward).parameters
+    if not getattr(config, "is_causal", True) or not any(
+        getattr(module, "is_causal", None) is True for module in stack.modules()
+    ):
+        return "its attention is not causal"
+    if not type(stack)._supports_attention_backend or not any(
+        parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()
+    ):
+        return "its attention does not go through transformers' attention interface"
+    if "position_ids" not in parameters:
+        return "it can't be told positions"
+    kinds = set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES
+    if kinds or getattr(config, "attention_chunk_size", None):
+        return f"it has layers of another kind than attention ({', '.join(sorted(kinds)) or 'chunked_attention'})"
+    if getattr(config, "add_cross_attention", False):
+        return "it has cross-attention"
+    if _rope_types(config) & LENGTH_DEPENDENT_ROPE:
+        return "its rotary embedding depends on the length of the whole text"
+    if config._attn_implementation not in {*IMPLEMENTATIONS, *IMPLEMENTATIONS.values()}:
+        return f"its attention implementation is {config._attn_implementation!r}, not one of {[*IMPLEMENTATIONS]}"
+    if config.output_attentions:
+        return "its config asks for `output_attentions`"
+    return None
+
+
+def _rope_types(config: PreTrainedConfig) -> set[str]:
+    """The kinds of rotary embedding in a config, one for all layers or one by kind of layer."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return {entry.get("rope_type", "default") for entry in (rope, *rope.values()) if isinstance(entry, dict)}
+
+
+def checkpoints_reentrantly(stack: PreTrainedModel) -> bool:
+    """Whether gradient checkpointing is on, of the kind that passes no gradient to what a layer gets by name."""
+    for module in stack.modules():
+        if module.training and getattr(module, "gradient_checkpointing", False):
+            function = getattr(module, "_gradient_checkpointing_func", None)
+            if getattr(function, "keywords", {}).get("use_reentrant", True):
+                return True
+    return False
+
+
+def takes_shared_prompt(stack: PreTrainedModel) -> bool:
+    """Whether the attention of this backbone is one that takes a prompt now."""
+    return stack.config._attn_implementation in IMPLEMENTATIONS.values()
+
+
+def record_prompt(
+    stack: PreTrainedModel, adapter_name: str, inputs_embeds: torch.Tensor, kwargs: dict
+) -> SharedPrompt:
+    """Computes the keys and values of a prompt by one pass of the backbone.
+
+    Args:
+        stack (`PreTrainedModel`): The backbone.
+        adapter_name (`str`): The prompt's adapter.
+        inputs_embeds (`torch.Tensor`): The prompt, (1, V, H).
+        kwargs (`dict`): What else its `forward` is to be given.
+
+    Raises:
+        ValueError: The backbone does not hand its arguments down to its attention.
+    """
+    length = inputs_embeds.shape[1]
+    recording = _Recording()
+    positions = torch.arange(length, device=inputs_embeds.device)[None]
+    arguments = {"inputs_embeds": inputs_embeds, "position_ids": positions, "use_cache": False, ARGUMENT: recording}
+    stack.forward(**arguments, **kwargs)
+    if len(recording.layers) != stack.config.num_hidden_layers:
+        raise ValueError(
+            f"{len(recording.layers)} of {stack.config.num_hidden_layers} layers of {type(stack).__name__} received the "
+            "prompt: its attention does not get all arguments of the model. Load the model with another "
+            "`attn_implementation` than 'sdpa' and 'eager', for which the prompt is concatenated, and please report it."
+        )
+    # A copy: layers that are computed again for their gradients record again.
+    return SharedPrompt(adapter_name, length, dict(recording.layers))
+
+
+class KeptPrompts:
+    """Keys and values of prompts kept between calls that need no gradients, one for each adapter.
+
+    They are dropped when anything that they were made of is another: the prompt's values, a tensor of the backbone
+    (by identity, address and version counter), dtype, device, autocast. What leaves no such trace, as writing through
+    `parameter.data`, is not seen: `forget()` is for that. Nothing is kept while adapters of other methods are inside
+    the backbone, whose state has no version.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[str, tuple[torch.Tensor, Any, SharedPrompt]] = {}
+
+    def find(self, stack: nn.Module, adapter_name: str, inputs_embeds: torch.Tensor) -> Optional[SharedPrompt]:
+        """Returns the prompt of an adapter if it is still that of `inputs_embeds`, (1, V, H)."""
+        kept = self._kept.get(adapter_name)
+        if kept is None:
+            return None
+        of_embeds, fingerprint, prompt = kept
+        is_same = of_embeds.shape == inputs_embeds.shape and of_embeds.dtype == inputs_embeds.dtype
+        if (
+            is_same
+            and of_embeds.device == inputs_embeds.device
+            and torch.equal(of_embeds, inputs_embeds)
+            and _is_same(fingerprint, _fingerprint(stack, inputs_embeds.device))
+        ):
+            return prompt
+        self._kept.pop(adapter_name, None)
+        return None
+
+    def keep(self, stack: nn.Module, inputs_embeds: torch.Tensor, prompt: SharedPrompt) -> None:
+        """Keeps a prompt that was computed from `inputs_embeds`, (1, V, H)."""
+        fingerprint = _fingerprint(stack, inputs_embeds.device)
+        if fingerprint is None:
+            return
+        self._kept[prompt.adapter_name] = inputs_embeds.clone(), fingerprint, prompt
+        for adapter_name in list(self._kept)[:-KEPT_ADAPTERS]:
+            self._kept.pop(adapter_name, None)
+
+    def forget(self, adapter_name: Optional[str] = None) -> None:
+        """Drops the prompt of an adapter, or of all."""
+        if adapter_name is None:
+            self._kept.clear()
+        else:
+            self._kept.pop(adapter_name, None)
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __reduce__(self) -> tuple:
+        return KeptPrompts, ()  # copies and pickles of a model begin with none
+
+
+def _fingerprint(stack: nn.Module, device: torch.device) -> Optional[list[tuple]]:
+    """What a prompt's keys and values depend on besides the prompt; `None` if not all of it can be told."""
+    kind = device.type
+    fingerprint: list[tuple] = [(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None,)]
+    ours: set[nn.Module] = set()
+    for module in stack.modules():
+        if getattr(module, "_is_replica", False):
+            return None  # of DataParallel: its weights are new at every call
+        if "ptuning_encoders" in getattr(module, "adapter_layer_names", ()):
+            ours = {module, *module.ptuning_encoders.modules()}
+        if module in ours:
+            continue
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            return None
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is None:
+                continue
+            if tensor.is_inference() or tensor.is_meta:
+                return None  # no version counter; values that are elsewhere
+            fingerprint.append((weakref.ref(tensor), tensor.data_ptr(), tensor._version))
+    return fingerprint
+
+
+def _is_same(one: Optional[list[tuple]], other: Optional[list[tuple]]) -> bool:
+    # A tensor has one weak reference as long as it lives: compared by identity, a tensor in place of a dead one differs.
+    if one is None or other is None or len(one) != len(other):
+        return False
+    return all(a[0] is b[0] and a[1:] == b[1:] for a, b in zip(one, other))
