@@ -2,10 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a key-value cache knows of the prompt that it was filled behind.
 
-A prompt that is shared stands beside the cache, which holds the user's tokens only and remembers the prompt. A prompt
-that is concatenated is in the cache. `generate`, position bookkeeping and callers slice their inputs by the length that
-a cache reports, so it has to be the user's; the layers need the true one. Such a cache therefore gets a class that
-reports the former, and the backbone gets a view of it that reports the latter. Both share one state.
+A prompt that is shared stands beside the cache, which holds the user's tokens only and remembers the prompt.
+
+A prompt that is concatenated is in the cache. `generate`, position bookkeeping and callers slice their inputs by the
+length that a cache reports, so it has to be the user's; the layers need the true one. Such a cache therefore gets a
+class that reports the former, and the backbone gets a view of it that reports the latter. Both share one state.
 """
 
 from __future__ import annotations

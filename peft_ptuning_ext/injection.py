@@ -241,7 +241,8 @@ class _Widen:
             raise ValueError(
                 f"{name} got an attention mask that has no room for the prompt ({kind}) instead of a 2-D one (B, S). "
                 "`generate` makes such masks for static caches (leave `cache_implementation` at its default), and "
-                f"some vision-language models for image tokens: neither is possible here, because {why_concatenated(stack, self.backbone)}."
+                "some vision-language models for image tokens: neither is possible here, because "
+                f"{why_concatenated(stack, self.backbone)}."
             )
         for key, value in inputs.items():
             if key in WIDENED_INPUTS or key in UNTOUCHED_INPUTS or not isinstance(value, torch.Tensor):
