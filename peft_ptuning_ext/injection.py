@@ -165,7 +165,9 @@ class _Widen:
             distances = positions if positions.dim() == 2 else columns  # not those of multimodal embeddings
         if isinstance(cache, Cache):
             remember_prompt(cache, prompt)
-        return {**inputs, "position_ids": positions + length, ARGUMENT: InFront(prompt, distances + length)}
+        reach = None if isinstance(past, torch.Tensor) else past + user_length + length
+        in_front = InFront(prompt, distances + length, reach)
+        return {**inputs, "position_ids": positions + length, ARGUMENT: in_front}
 
     def _shared_prompt(self, stack: nn.Module, layer: PTuningLayer, adapter_name: str, inputs: dict) -> SharedPrompt:
         """The keys and values of the prompt: those kept, where no gradient is asked for, or new ones."""

@@ -22,8 +22,11 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .merged_attention import can_merge, merged_attention
 
 
 # The argument by which the backbone hands the prompt down to its attention.
@@ -63,9 +66,9 @@ class _Recording:
 
     layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
-    def extend(self, layer_index: int, key: torch.Tensor, value: torch.Tensor, mask: Any, *_: Any) -> tuple:
-        self.layers[layer_index] = key, value
-        return key, value, mask
+    def attend(self, attention, module, query, key, value, mask, kwargs) -> tuple[torch.Tensor, Any]:
+        self.layers[module.layer_idx] = key, value
+        return attention(module, query, key, value, mask, **kwargs)
 
 
 @dataclass
@@ -75,50 +78,56 @@ class InFront:
     Args:
         prompt ([`SharedPrompt`]): The prompt.
         distances (`torch.Tensor`):
-            How many unmasked tokens, the prompt's too, stand before each of the call's: (B or 1, S).
+            How many tokens, the prompt's too, stand between the prompt's first and each of the call's: (B or 1, S).
+        reach (`int`, *optional*): One more than the largest of them can be, if known.
     """
 
     prompt: SharedPrompt
     distances: torch.Tensor
+    reach: Optional[int] = None
     masks: dict = field(default_factory=dict)
 
-    def extend(
-        self,
-        layer_index: int,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        mask: Optional[torch.Tensor],
-        queries: int,
-        window: Optional[int],
-    ) -> tuple[torch.Tensor, torch.Tensor, Any]:
-        """Puts the prompt in front of keys and values (B, heads, N, D), and its V columns in front of the mask.
+    def attend(self, attention, module, query, key, value, mask, kwargs) -> tuple[torch.Tensor, Any]:
+        """The attention of one layer to [prompt; text].
 
         Args:
-            layer_index (`int`): The layer.
-            key (`torch.Tensor`): The text's keys.
-            value (`torch.Tensor`): The text's values.
+            attention (`Callable`): The attention function of the model.
+            module (`nn.Module`): The attention layer.
+            query (`torch.Tensor`): (B, heads, S, D).
+            key (`torch.Tensor`): The text's, (B, key-value heads, N, D).
+            value (`torch.Tensor`): The text's.
             mask (`torch.Tensor`, *optional*):
-                The text's mask, (B or 1, heads or 1, S, N or more), boolean or additive; `None`: causal.
-            queries (`int`): S.
-            window (`int`, *optional*): How far a sliding window reaches back.
+                The text's, (B or 1, heads or 1, S, N or more), boolean or additive; `None`: causal.
+            kwargs (`dict`): The further arguments of the attention function.
         """
-        prompt_key, prompt_value = self.prompt.layers[layer_index]
-        batch_size, tokens = len(key), key.shape[2]
-        key = torch.cat([prompt_key.to(key).expand(batch_size, -1, -1, -1), key], dim=2)
-        value = torch.cat([prompt_value.to(value).expand(batch_size, -1, -1, -1), value], dim=2)
-        if mask is None and window is None:
-            if queries == 1:
-                return key, value, None
-            if queries == tokens:
-                return key, value, causal_lower_right(queries, self.prompt.length + tokens)
+        window = kwargs.get("sliding_window")
+        if window is not None and self.reach is not None and self.reach <= window:
+            window = None  # it reaches back to the prompt's first token
+        prompt_key, prompt_value = (tensor.to(key) for tensor in self.prompt.layers[module.layer_idx])
+        tokens, mask = key.shape[2], mask if mask is None else mask[..., : key.shape[2]]
+        if attention is sdpa_attention_forward and window is None and can_merge(query, key, value, kwargs):
+            scale = kwargs.get("scaling")
+            return merged_attention(query, key, value, prompt_key, prompt_value, mask, scale), None
+        key = torch.cat([prompt_key.expand(len(key), -1, -1, -1), key], dim=2)
+        value = torch.cat([prompt_value.expand(len(value), -1, -1, -1), value], dim=2)
+        if mask is None and window is None and query.shape[2] in (1, tokens):
+            if query.shape[2] > 1:
+                mask = causal_lower_right(tokens, key.shape[2])
+        else:
+            mask = self._mask(mask, query.shape[2], tokens, window, key.device)
+        return attention(module, query, key, value, mask, **kwargs)
+
+    def _mask(
+        self, mask: Optional[torch.Tensor], queries: int, tokens: int, window: Optional[int], device: torch.device
+    ) -> torch.Tensor:
+        """The text's mask with the prompt's columns; the layers of a call share one for each window."""
         if torch.compiler.is_compiling():
-            return key, value, self._widen_mask(mask, queries, tokens, window, key.device)
-        # The layers of a call share one mask for each window.
+            return self._widen_mask(mask, queries, tokens, window, device)
         of_mask, widened = self.masks.get(window, (self, None))
         if of_mask is not mask:
-            widened = self._widen_mask(mask, queries, tokens, window, key.device)
+            widened = self._widen_mask(mask, queries, tokens, window, device)
             self.masks[window] = mask, widened
-        return key, value, widened.to(key.device)
+        return widened.to(device)
 
     def _widen_mask(
         self, mask: Optional[torch.Tensor], queries: int, tokens: int, window: Optional[int], device: torch.device
@@ -127,7 +136,6 @@ class InFront:
         if mask is None:
             mask = torch.ones(1, 1, queries, tokens, dtype=torch.bool, device=device)
             mask = mask if queries == 1 else mask.tril()
-        mask = mask[..., :tokens]
         if window is None:
             visible = torch.ones(1, 1, 1, length, dtype=torch.bool, device=device)
         else:
@@ -139,13 +147,11 @@ class InFront:
         return torch.cat([visible.expand(*shape, -1), mask.expand(*shape, -1)], dim=-1)
 
 
-def _attend(attention, module, query, key, value, attention_mask, kwargs):
+def _attend(attention, module, query, key, value, mask, kwargs):
     prompt = kwargs.pop(ARGUMENT, None)
-    if prompt is not None:
-        key, value, attention_mask = prompt.extend(
-            module.layer_idx, key, value, attention_mask, query.shape[2], kwargs.get("sliding_window")
-        )
-    return attention(module, query, key, value, attention_mask, **kwargs)
+    if prompt is None:
+        return attention(module, query, key, value, mask, **kwargs)
+    return prompt.attend(attention, module, query, key, value, mask, kwargs)
 
 
 def _sdpa_attention(module, query, key, value, attention_mask, **kwargs):
@@ -178,9 +184,13 @@ class SharingAttention:
         self.config._attn_implementation = IMPLEMENTATIONS[self.config._attn_implementation]
 
     def remove(self) -> None:
-        for original, name in IMPLEMENTATIONS.items():
-            if self.config._attn_implementation == name:
-                self.config._attn_implementation = original
+        self.config._attn_implementation = _original(self.config)
+
+
+def _original(config: PreTrainedConfig) -> str:
+    """The attention implementation of a model without a prompt."""
+    names = {name: original for original, name in IMPLEMENTATIONS.items()}
+    return names.get(config._attn_implementation, config._attn_implementation)
 
 
 def why_not_shared(stack: PreTrainedModel) -> Optional[str]:
@@ -253,9 +263,10 @@ def record_prompt(
     stack.forward(**arguments, **kwargs)
     if len(recording.layers) != stack.config.num_hidden_layers:
         raise ValueError(
-            f"{len(recording.layers)} of {stack.config.num_hidden_layers} layers of {type(stack).__name__} received the "
-            "prompt: its attention does not get all arguments of the model. Load the model with another "
-            "`attn_implementation` than 'sdpa' and 'eager', for which the prompt is concatenated, and please report it."
+            f"{len(recording.layers)} of {stack.config.num_hidden_layers} layers of {type(stack).__name__} received "
+            "the prompt: its attention does not get all arguments of the model. Call "
+            f"`set_attn_implementation({_original(stack.config)!r})` on the model, after which the prompt is "
+            "concatenated, and please report it."
         )
     # A copy: layers that are computed again for their gradients record again.
     return SharedPrompt(adapter_name, length, dict(recording.layers))
@@ -337,7 +348,7 @@ def _fingerprint(stack: nn.Module, device: torch.device) -> Optional[list[tuple]
 
 
 def _is_same(one: Optional[list[tuple]], other: Optional[list[tuple]]) -> bool:
-    # A tensor has one weak reference as long as it lives: compared by identity, a tensor in place of a dead one differs.
+    # A tensor has one weak reference as long as it lives: by identity, a tensor in place of a dead one differs.
     if one is None or other is None or len(one) != len(other):
         return False
     return all(a[0] is b[0] and a[1:] == b[1:] for a, b in zip(one, other))

@@ -94,8 +94,8 @@ class PTuningModel(BaseTuner):
     def forget_kept_prompts(self) -> None:
         """Drops the keys and values of prompts that are kept between calls.
 
-        They are dropped by themselves whenever the prompt, a weight, dtype or device changes; call this after writing to
-        weights through `parameter.data`, which leaves no trace.
+        They are dropped by themselves whenever the prompt, a weight, dtype or device changes; call this after writing
+        to weights through `parameter.data`, which leaves no trace.
         """
         self._layer().kept_prompts.forget()
 
