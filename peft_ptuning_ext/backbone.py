@@ -140,7 +140,8 @@ def find_backbone(model: nn.Module) -> Backbone:
         first_position=first_position,
         max_positions=max_positions,
         decoder=decoder,
-        not_shared="it counts positions in a way of its own" if first_position > 0 else why_not_shared(backbone),
+        not_shared=why_not_shared(backbone)
+        or ("it counts positions from another than 0" if first_position > 0 else None),
     )
 
 

@@ -197,14 +197,14 @@ def why_not_shared(stack: PreTrainedModel) -> Optional[str]:
     """Why the prompt can't be shared by the rows in this backbone; `None` if it can."""
     config = stack.config
     parameters = inspect.signature(type(stack).forward).parameters
-    if not getattr(config, "is_causal", True) or not any(
-        getattr(module, "is_causal", None) is True for module in stack.modules()
-    ):
-        return "its attention is not causal"
     if not type(stack)._supports_attention_backend or not any(
         parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()
     ):
         return "its attention does not go through transformers' attention interface"
+    if not getattr(config, "is_causal", True) or not any(
+        getattr(module, "is_causal", None) is True for module in stack.modules()
+    ):
+        return "its attention is not causal"
     if "position_ids" not in parameters:
         return "it can't be told positions"
     kinds = set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES

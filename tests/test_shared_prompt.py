@@ -1,0 +1,434 @@
+# SPDX-FileCopyrightText: 2026 The peft_ptuning_ext authors
+# SPDX-License-Identifier: Apache-2.0
+"""The prompt computed once: when it is, when it is kept, when it is dropped, and that it is always the right one."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from families import DECODERS, ENCODERS, FAMILIES, make_model
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from reference import V, embedding_and_backbone, make_batch
+from torch import distributed, multiprocessing
+from torch.nn.parallel import DistributedDataParallel
+from transformers import DynamicCache
+
+from peft_ptuning_ext import PTuningConfig
+from peft_ptuning_ext.shared_prompt import KEPT_ADAPTERS
+
+
+S = 7
+SHARED = [family for family in DECODERS if family not in ("Bloom", "Falcon")]
+
+
+def make_adapted(family: str = "Llama", **overrides) -> PeftModel:
+    config = PTuningConfig(num_virtual_tokens=V, task_type="CAUSAL_LM")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return get_peft_model(make_model(family, "CAUSAL_LM", **overrides), config).eval()
+
+
+def stack_of(model: PeftModel) -> torch.nn.Module:
+    return embedding_and_backbone(model.get_base_model())[1]
+
+
+def concatenating(model: PeftModel) -> PeftModel:
+    """A copy of the model on the other route."""
+    model = copy.deepcopy(model)
+    stack = stack_of(model)
+    stack.set_attn_implementation(stack.config._attn_implementation.removeprefix("ptuning_"))
+    assert model.prompt_route.startswith("concatenated: its attention implementation was changed")
+    return model
+
+
+def kept(model: PeftModel) -> int:
+    return len(model.base_model._layer().kept_prompts)
+
+
+def watch(model: PeftModel) -> list[tuple[int, int]]:
+    """Records batch size and tokens of every pass through the first layer."""
+    shapes: list[tuple[int, int]] = []
+    layer = next(m for n, m in stack_of(model).named_modules() if n.endswith((".0", "layers.0", "h.0")))
+    layer.register_forward_pre_hook(lambda _, args, kwargs: shapes.append(tuple(args[0].shape[:2])), with_kwargs=True)
+    return shapes
+
+
+def gradient(model: PeftModel, **inputs) -> torch.Tensor:
+    model.zero_grad()
+    model(**inputs).loss.backward()
+    return next(p.grad.clone() for n, p in model.named_parameters() if "ptuning_" in n)
+
+
+def test_which_route_is_taken() -> None:
+    routes = {name: make_adapted(name).prompt_route for name in DECODERS}
+    assert [name for name, route in routes.items() if route == "shared"] == SHARED
+    assert routes["Bloom"] == "concatenated: its attention does not go through transformers' attention interface"
+    for name in ENCODERS:
+        model = get_peft_model(make_model(name, "SEQ_CLS"), PTuningConfig(num_virtual_tokens=V))
+        assert model.prompt_route.startswith("concatenated: its attention ")
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides", "reason"),
+    [
+        ("Llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "rotary embedding"),
+        ("Llama", {"attn_implementation": "flex_attention"}, "'flex_attention', not one of"),
+        ("GPT-2", {"add_cross_attention": True}, "cross-attention"),
+        ("Gemma 3", {"use_bidirectional_attention": True}, "not causal"),
+    ],
+)
+def test_why_a_prompt_is_not_shared(family, overrides, reason) -> None:
+    model = make_adapted(family, **overrides)
+    assert model.prompt_route.startswith("concatenated: ")
+    assert reason in model.prompt_route
+
+
+@pytest.mark.parametrize("family", SHARED)
+def test_the_prompt_passes_once(family) -> None:
+    model = make_adapted(family)
+    shapes = watch(model)
+    ids = make_batch(family, "CAUSAL_LM", lengths=(S, S, S))["input_ids"]
+    model(input_ids=ids).logits.sum().backward()
+    assert shapes == [(1, V), (3, S)]  # one pass for three rows
+    assert kept(model) == 0
+    shapes.clear()
+    model(input_ids=ids[:1]).logits.sum().backward()
+    assert shapes == [(1, V + S)]  # one row: concatenated
+    shapes.clear()
+    with torch.no_grad():
+        for _ in range(3):
+            model(input_ids=ids)
+    assert shapes == [(1, V), (3, S), (3, S), (3, S)]  # kept
+    shapes.clear()
+    model.generate(ids[:1], max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    assert shapes == [(1, S), (1, 1), (1, 1)]
+    shapes.clear()
+    model.forget_kept_prompts()
+    model.generate(ids[:1], max_new_tokens=2, min_new_tokens=2, do_sample=False)
+    assert shapes == [(1, V), (1, S), (1, 1)]
+
+
+def change_prompt(model: PeftModel) -> None:
+    with torch.no_grad():
+        next(p for n, p in model.named_parameters() if "ptuning_" in n).add_(1.0)
+
+
+def change_prompt_data(model: PeftModel) -> None:
+    next(p for n, p in model.named_parameters() if "ptuning_" in n).data.add_(1.0)
+
+
+def change_weight(model: PeftModel) -> None:
+    with torch.no_grad():
+        stack_of(model).layers[1].self_attn.k_proj.weight.mul_(0.5)
+
+
+def replace_weight(model: PeftModel) -> None:
+    projection = stack_of(model).layers[0].self_attn.v_proj
+    projection.weight = torch.nn.Parameter(projection.weight * 0.5, requires_grad=False)
+
+
+def replace_weight_data(model: PeftModel) -> None:
+    projection = stack_of(model).layers[0].self_attn.v_proj
+    projection.weight.data = projection.weight.data * 0.5
+
+
+def replace_module(model: PeftModel) -> None:
+    attention = stack_of(model).layers[0].self_attn
+    attention.v_proj = torch.nn.Linear(attention.v_proj.in_features, attention.v_proj.out_features)
+
+
+def load_weights(model: PeftModel) -> None:
+    base = model.get_base_model()
+    base.load_state_dict({key: value * 0.9 for key, value in base.state_dict().items()})
+
+
+def train(model: PeftModel) -> None:
+    optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=100.0)
+    ids = make_batch("Llama", "CAUSAL_LM")["input_ids"]
+    with torch.enable_grad():
+        model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+
+
+def to_double(model: PeftModel) -> None:
+    model.double()
+
+
+def add_lora(model: PeftModel) -> None:
+    inject_adapter_in_model(
+        LoraConfig(target_modules=["v_proj"], init_lora_weights=False), stack_of(model), adapter_name="lora"
+    )
+
+
+def write_data_and_forget(model: PeftModel) -> None:
+    stack_of(model).layers[0].self_attn.v_proj.weight.data.mul_(0.5)
+    model.forget_kept_prompts()
+
+
+CHANGES = [
+    *(change_prompt, change_prompt_data, change_weight, replace_weight, replace_weight_data, replace_module),
+    *(load_weights, train, to_double, add_lora, write_data_and_forget),
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@torch.no_grad()
+def test_what_is_kept_is_dropped_when_anything_changes(change) -> None:
+    model = make_adapted()
+    batch = make_batch("Llama", "CAUSAL_LM")
+    before = model(**batch).logits
+    assert kept(model) == 1
+    change(model)
+    after = model(**batch).logits
+    assert not torch.allclose(after, before.to(after.dtype), rtol=0, atol=1e-6)
+    torch.testing.assert_close(after, concatenating(model)(**batch).logits, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_autocast_and_plain_calls_do_not_share_what_is_kept() -> None:
+    model, batch = make_adapted(), make_batch("Llama", "CAUSAL_LM")
+    plain = model(**batch).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        low = model(**batch).logits
+        torch.testing.assert_close(low, model(**batch).logits, rtol=0, atol=0)
+    assert not torch.equal(low.float(), plain)
+    assert torch.equal(model(**batch).logits, plain)
+
+
+@torch.no_grad()
+def test_nothing_is_kept_beside_adapters_whose_state_has_no_version() -> None:
+    model, batch = make_adapted(), make_batch("Llama", "CAUSAL_LM")
+    add_lora(model)
+    with_lora = model(**batch).logits
+    assert kept(model) == 0
+    stack_of(model).layers[0].self_attn.v_proj.enable_adapters(False)
+    stack_of(model).layers[1].self_attn.v_proj.enable_adapters(False)
+    assert not torch.allclose(model(**batch).logits, with_lora)
+    torch.testing.assert_close(model(**batch).logits, make_adapted()(**batch).logits, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_adapters_have_their_own_and_take_it_with_them() -> None:
+    model, batch = make_adapted(), make_batch("Llama", "CAUSAL_LM")
+    model.add_adapter("other", PTuningConfig(num_virtual_tokens=V + 2, task_type="CAUSAL_LM"))
+    outputs = {}
+    for name in ("default", "other", "default", "other"):
+        model.set_adapter(name)
+        logits = model(**batch).logits
+        assert torch.equal(outputs.setdefault(name, logits), logits)
+        torch.testing.assert_close(logits, concatenating(model)(**batch).logits, rtol=0, atol=1e-5)
+    assert kept(model) == 2
+    assert not torch.allclose(outputs["default"], outputs["other"])
+    model.delete_adapter("default")
+    assert kept(model) == 1
+    # A new adapter of the old name begins anew.
+    model.add_adapter("default", PTuningConfig(num_virtual_tokens=V, task_type="CAUSAL_LM"))
+    model.set_adapter("default")
+    assert not torch.allclose(model(**batch).logits, outputs["default"])
+    for number in range(KEPT_ADAPTERS):
+        model.add_adapter(f"{number}", PTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
+        model.set_adapter(f"{number}")
+        model(**batch)
+    assert kept(model) == KEPT_ADAPTERS
+
+
+def test_inference_mode_leaves_nothing_that_training_could_trip_over() -> None:
+    model, batch = make_adapted(), make_batch("Llama", "CAUSAL_LM")
+    expected = gradient(make_adapted(), **batch, labels=batch["input_ids"])
+    with torch.inference_mode():
+        first = model(**batch).logits
+    with torch.no_grad():
+        assert torch.equal(model(**batch).logits, first)
+    assert torch.equal(gradient(model, **batch, labels=batch["input_ids"]), expected)
+    with torch.inference_mode():
+        cache = model(**batch, past_key_values=DynamicCache()).past_key_values
+    assert cache.get_seq_length() == S
+
+
+@torch.no_grad()
+def test_threads_on_one_model() -> None:
+    model = make_adapted()
+    batches = [make_batch("Llama", "CAUSAL_LM", lengths=(length, 3)) for length in range(4, 12)]
+    expected = [make_adapted()(**batch).logits for batch in batches]
+
+    def run(batch: dict) -> torch.Tensor:
+        with torch.no_grad():
+            return model(**batch).logits
+
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(3):
+            model.forget_kept_prompts()
+            for found, wanted in zip(pool.map(run, batches), expected, strict=True):
+                assert torch.equal(found, wanted)
+
+
+@torch.no_grad()
+def test_copies_keep_their_own() -> None:
+    model, batch = make_adapted(), make_batch("Llama", "CAUSAL_LM")
+    expected = model(**batch).logits
+    for clone in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert kept(clone) == 0
+        assert torch.equal(clone(**batch).logits, expected)
+        change_prompt(clone)
+        assert not torch.allclose(clone(**batch).logits, expected)
+        assert torch.equal(model(**batch).logits, expected)
+
+
+def test_training_mode_keeps_nothing_and_draws_dropout_anew() -> None:
+    model = make_adapted("GPT-2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5).train()
+    batch = make_batch("GPT-2", "CAUSAL_LM")
+    with torch.no_grad():
+        assert not torch.allclose(model(**batch).logits, model(**batch).logits)
+    assert kept(model) == 0
+    gradients = [gradient(model, **batch, labels=batch["input_ids"]) for _ in range(2)]
+    assert all(each.isfinite().all() for each in gradients)
+    assert not torch.allclose(*gradients)
+
+
+def test_one_prompt_pass_per_step_draws_one_dropout_mask_for_all_rows() -> None:
+    model = make_adapted("GPT-2", resid_pdrop=0.0, embd_pdrop=0.5, attn_pdrop=0.0).train()
+    seen = []
+    stack_of(model).h[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    ids = torch.full((3, S), 7)
+    model(input_ids=ids)
+    prompt, text = seen
+    assert len(prompt) == 1
+    assert (prompt == 0).any()
+    assert not torch.equal(text[0] == 0, text[1] == 0)  # rows of the text draw their own
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["bfloat16-base", "autocast"])
+def test_low_precision_gradients_are_those_of_the_other_route(dtype) -> None:
+    model, batch = make_adapted(), make_batch("Llama", "CAUSAL_LM")
+    if dtype is None:
+        model.get_base_model().bfloat16()
+        next(p for n, p in model.named_parameters() if "ptuning_" in n).data = (
+            model.prompt_embeddings().detach().float()
+        )
+    other = concatenating(model)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype is not None):
+        found, wanted = (gradient(each, **batch, labels=batch["input_ids"]) for each in (model, other))
+    assert found.dtype == torch.float32
+    assert (found - wanted).norm() < 0.05 * wanted.norm()
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch() -> None:
+    model = make_adapted()
+    ids = make_batch("Llama", "CAUSAL_LM", lengths=(S,) * 4)["input_ids"]
+    expected = gradient(model, input_ids=ids, labels=ids)
+    model.zero_grad()
+    for half in ids.split(2):
+        (model(input_ids=half, labels=half).loss / 2).backward()
+    found = next(p.grad for n, p in model.named_parameters() if "ptuning_" in n)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's compiler itself, and on a graph break:
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("family", ["Llama", "GPT-2", "Mistral"])
+def test_compiled_is_the_same(family) -> None:
+    model, batch = make_adapted(family), make_batch(family, "CAUSAL_LM")
+    expected = gradient(model, **batch, labels=batch["input_ids"])
+    with torch.no_grad():
+        logits = model(**batch).logits
+    torch._dynamo.reset()
+    # GPT-2 itself warns about its loss, which breaks the graph.
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=family != "GPT-2")
+    compiled(**batch, labels=batch["input_ids"]).loss.backward()
+    found = next(p.grad for n, p in model.named_parameters() if "ptuning_" in n)
+    torch.testing.assert_close(found, 2 * expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(**batch).logits, logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "GPT-2"])
+@torch.no_grad()
+def test_every_text_packed_in_a_row_sees_the_prompt(family) -> None:
+    model = make_adapted(family)
+    first, second = (make_batch(family, "CAUSAL_LM", lengths=(length,))["input_ids"] for length in (4, 7))
+    positions = torch.cat([torch.arange(4), torch.arange(7)])[None]
+    packed = model(input_ids=torch.cat([first, second], dim=1), position_ids=positions, use_cache=False).logits
+    apart = torch.cat([model(input_ids=ids).logits for ids in (first, second)], dim=1)
+    torch.testing.assert_close(packed, apart, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["Llama", "GPT-2"])
+@pytest.mark.parametrize("additive", [False, True], ids=["boolean", "additive"])
+def test_a_mask_of_the_callers_own_is_the_texts(family, additive) -> None:
+    model, batch = make_adapted(family), make_batch(family, "CAUSAL_LM")
+    own = batch["attention_mask"].bool()[:, None, None] & torch.ones(S, S, dtype=torch.bool).tril()
+    if additive:
+        own = torch.zeros(own.shape).masked_fill(~own, torch.finfo(torch.float32).min)
+    expected = model(**batch).logits[batch["attention_mask"].bool()]
+    for context in (torch.enable_grad, torch.no_grad):
+        with context():
+            output = model(input_ids=batch["input_ids"], attention_mask=own).logits
+        torch.testing.assert_close(output[batch["attention_mask"].bool()], expected, rtol=0, atol=1e-5)
+    one = {"input_ids": batch["input_ids"][:1], "attention_mask": own[:1]}
+    torch.testing.assert_close(model(**one).logits[0], output[0], rtol=0, atol=1e-5)  # one row, with gradients
+
+
+@torch.no_grad()
+def test_attention_maps_have_the_prompts_columns() -> None:
+    model, batch = make_adapted(attn_implementation="eager"), make_batch("Llama", "CAUSAL_LM")
+    maps = model(**batch, output_attentions=True).attentions
+    assert [each.shape for each in maps] == [(2, 4, S, V + S)] * 2
+    for each, wanted in zip(maps, concatenating(model)(**batch, output_attentions=True).attentions, strict=True):
+        torch.testing.assert_close(each[0], wanted[0], rtol=0, atol=1e-5)
+
+
+def test_unloading_gives_the_attention_back() -> None:
+    for implementation in ("sdpa", "eager"):
+        model = make_adapted(attn_implementation=implementation)
+        config = model.get_base_model().config
+        assert config._attn_implementation == f"ptuning_{implementation}"
+        assert "ptuning" not in config.to_json_string()
+        assert model.unload().config._attn_implementation == implementation
+
+
+@pytest.mark.parametrize("family", sorted({"Llama", "GPT-2", "Mistral", "Gemma 2"} & set(FAMILIES)))
+def test_the_shared_prompts_gradient_through_every_encoder(family) -> None:
+    for kind in ("NONE", "MLP", "LSTM", "RESIDUAL"):
+        options = {} if kind == "NONE" else {"encoder_hidden_size": 8}
+        config = PTuningConfig(
+            num_virtual_tokens=V, task_type="CAUSAL_LM", encoder_reparameterization_type=kind, **options
+        )
+        model = get_peft_model(make_model(family, "CAUSAL_LM"), config).eval()
+        other, batch = concatenating(model), make_batch(family, "CAUSAL_LM")
+        for each in (model, other):
+            each(**batch, labels=batch["input_ids"]).loss.backward()
+        for one, two in zip(model.parameters(), other.parameters(), strict=True):
+            if one.requires_grad:
+                torch.testing.assert_close(one.grad, two.grad, rtol=1e-4, atol=1e-5 * two.grad.abs().max().item())
+
+
+def _train_distributed(rank: int, rendezvous: str, result: str) -> None:
+    distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    model = DistributedDataParallel(make_adapted())
+    ids = make_batch("Llama", "CAUSAL_LM", lengths=(S,) * 4)["input_ids"].chunk(2)[rank]
+    optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=1.0)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    if rank == 0:
+        torch.save(model.module.prompt_embeddings().detach(), result)
+    distributed.destroy_process_group()
+
+
+def test_two_processes_train_as_one(tmp_path) -> None:
+    result = tmp_path / "prompt.pt"
+    multiprocessing.spawn(_train_distributed, (str(tmp_path / "rendezvous"), str(result)), nprocs=2)
+    model = make_adapted()
+    ids = make_batch("Llama", "CAUSAL_LM", lengths=(S,) * 4)["input_ids"]
+    optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=1.0)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    torch.testing.assert_close(torch.load(result), model.prompt_embeddings(), rtol=0, atol=1e-6)
