@@ -53,6 +53,7 @@ def _rebuild(cache_class: type[Cache]) -> Cache:
     return hiding.__new__(hiding)
 
 
+@torch.compiler.disable  # it can't compile a change of class
 def hide_prompt(cache: Cache, adapter_name: str, length: int) -> None:
     """Makes `cache` report the user's tokens only, in place; it holds, or is about to, V = `length` columns more."""
     cache.ptuning_prompt = HeldPrompt(adapter_name, length)

@@ -13,6 +13,7 @@ from typing import Any, Optional
 import torch
 from torch import nn
 from transformers import Cache
+from transformers.cache_utils import StaticLayer
 
 from .backbone import Backbone, pool
 from .cache import (
@@ -237,14 +238,17 @@ class _Widen:
     def _check(self, stack: nn.Module, inputs: dict, batch_size: int, user_length: int) -> None:
         """Refuses what would otherwise be silently wrong."""
         name = type(stack).__name__
+        if _is_static(inputs.get("past_key_values")):
+            raise ValueError(
+                f"{name} got a static cache, which has no room for the prompt: it is concatenated here, because "
+                f"{why_concatenated(stack, self.backbone)}. Leave `cache_implementation` at its default."
+            )
         mask = inputs.get("attention_mask")
         if not _is_plain_mask(mask):
             kind = f"{mask.dim()}-D mask" if isinstance(mask, torch.Tensor) else type(mask).__name__
             raise ValueError(
-                f"{name} got an attention mask that has no room for the prompt ({kind}) instead of a 2-D one (B, S). "
-                "`generate` makes such masks for static caches (leave `cache_implementation` at its default), and "
-                "some vision-language models for image tokens: neither is possible here, because "
-                f"{why_concatenated(stack, self.backbone)}."
+                f"{name} got an attention mask that has no room for the prompt ({kind}) instead of a 2-D one (B, S): "
+                f"the prompt is concatenated here, because {why_concatenated(stack, self.backbone)}."
             )
         for key, value in inputs.items():
             if key in WIDENED_INPUTS or key in UNTOUCHED_INPUTS or not isinstance(value, torch.Tensor):
@@ -349,6 +353,10 @@ def why_concatenated(stack: nn.Module, backbone: Backbone) -> Optional[str]:
     if backbone.not_shared is None and torch.is_grad_enabled() and checkpoints_reentrantly(stack):
         return "it checkpoints gradients, and not with `use_reentrant=False`"
     return backbone.not_shared
+
+
+def _is_static(cache: Any) -> bool:
+    return isinstance(cache, Cache) and any(isinstance(layer, StaticLayer) for layer in cache.layers)
 
 
 def _is_plain_mask(mask: Any) -> bool:

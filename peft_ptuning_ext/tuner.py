@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Optional
+from typing import NoReturn, Optional
 
 import torch
 from peft import PeftModel
@@ -98,6 +98,14 @@ class PTuningModel(BaseTuner):
         to weights through `parameter.data`, which leaves no trace.
         """
         self._layer().kept_prompts.forget()
+
+    def generate_batch(self, *args, **kwargs) -> NoReturn:
+        """Refused: continuous batching puts texts that go on at different steps into one row of paged attention."""
+        raise ValueError(
+            "Continuous batching (`generate_batch`) has no place for a prompt. Call `generate` with a padded batch."
+        )
+
+    init_continuous_batching = continuous_batching_context_manager = generate_batch
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)

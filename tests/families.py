@@ -106,7 +106,11 @@ DECODERS = {
     "Mistral": Family("decoder", tf.MistralConfig, {**DECODER_SIZES, "sliding_window": 6}),
     "Qwen3": Family("decoder", tf.Qwen3Config, DECODER_SIZES),
     "Gemma 2": Family("decoder", tf.Gemma2Config, {**DECODER_SIZES, "sliding_window": 6}),
-    "Gemma 3": Family("decoder", tf.Gemma3TextConfig, {**DECODER_SIZES, "sliding_window": 6}),
+    "Gemma 3": Family(
+        "decoder",
+        tf.Gemma3TextConfig,
+        {**DECODER_SIZES, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
     "Phi-3": Family("decoder", tf.Phi3Config, WITHOUT_HEAD_DIM),
     "GPT-NeoX": Family("decoder", tf.GPTNeoXConfig, ENCODER_SIZES | {"bos_token_id": 1, "eos_token_id": 2}),
     "Bloom": Family(

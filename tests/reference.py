@@ -137,7 +137,8 @@ def concatenating(base: PreTrainedModel, prompt: torch.Tensor) -> Iterator[None]
 
     def concatenate(input_ids=None, attention_mask=None, **kwargs):
         kwargs = {k: v for k, v in kwargs.items() if k not in ("inputs_embeds", "token_type_ids", "position_ids")}
-        batch = {"input_ids": input_ids, "attention_mask": attention_mask}
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        batch = {"input_ids": input_ids, "attention_mask": mask}
         kwargs.pop("return_dict", None)
         outputs = forward(**concatenated_inputs(base, stack, prompt, batch), **kwargs, return_dict=True)
         outputs.last_hidden_state = outputs.last_hidden_state[:, len(prompt) :]
