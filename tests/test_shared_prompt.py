@@ -17,7 +17,7 @@ from torch import distributed, multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 from transformers import DynamicCache
 
-from peft_ptuning_ext import PTuningConfig
+from peft_ptuning_ext import PTuningConfig, shared_prompt
 from peft_ptuning_ext.shared_prompt import KEPT_ADAPTERS
 
 
@@ -432,3 +432,31 @@ def test_two_processes_train_as_one(tmp_path) -> None:
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
     torch.testing.assert_close(torch.load(result), model.prompt_embeddings(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kernel", ["merged", "joined"])
+@pytest.mark.parametrize("family", SHARED)
+def test_both_kernels_are_right_with_every_mask(family, kernel, monkeypatch) -> None:
+    if kernel == "joined":
+        monkeypatch.setattr(shared_prompt, "can_merge", lambda *args: False)
+    model = make_adapted(family)
+    other = concatenating(model)
+    for lengths in ((S, S), (S, S - 2)):
+        batch = make_batch(family, "CAUSAL_LM", lengths=lengths)
+        seen = batch["attention_mask"].bool()
+        for each in (batch, {"input_ids": batch["input_ids"]} if lengths == (S, S) else batch):
+            torch.testing.assert_close(model(**each).logits[seen], other(**each).logits[seen], rtol=0, atol=1e-5)
+            found, wanted = (
+                gradient(m, **each, labels=batch["input_ids"].masked_fill(~seen, -100)) for m in (model, other)
+            )
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5 * wanted.abs().max().item())
+
+
+@pytest.mark.parametrize("window", [V + S - 2, V + S - 1, V + S, V + S + 1])
+@torch.no_grad()
+def test_a_window_that_just_reaches_the_prompt(window) -> None:
+    model = make_adapted("Mistral", sliding_window=window)
+    ids = make_batch("Mistral", "CAUSAL_LM", lengths=(S, S))["input_ids"]
+    torch.testing.assert_close(
+        model(input_ids=ids).logits, concatenating(model)(input_ids=ids).logits, rtol=0, atol=1e-5
+    )
