@@ -119,6 +119,64 @@ def test_vision_language_models(make, make_inputs) -> None:
     assert torch.equal(generated, uncached)
 
 
+def make_gemma3(attn_implementation: str) -> tf.Gemma3ForConditionalGeneration:
+    """Tokens of an image see each other, before and after: its masks are 4-D, one for each kind of layer."""
+    config = tf.Gemma3Config(
+        text_config={**DECODER_SIZES, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
+        vision_config={"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+        | {"image_size": 8, "patch_size": 2},
+        mm_tokens_per_image=4,
+        image_token_index=IMAGE,
+        boi_token_index=VISION_START,
+        eoi_token_index=92,
+    )
+    torch.manual_seed(0)
+    model = tf.Gemma3ForConditionalGeneration._from_config(config, attn_implementation=attn_implementation).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
+def test_masks_of_image_tokens_are_the_models_own(attn_implementation) -> None:
+    ids = torch.tensor([[5, 91, IMAGE, IMAGE, IMAGE, IMAGE, 92, 6, 7], [8, 9, 10, 91, IMAGE, IMAGE, IMAGE, IMAGE, 92]])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": (ids == IMAGE).long()}
+    inputs["pixel_values"] = torch.randn(2, 3, 8, 8)
+    base = make_gemma3(attn_implementation)
+    model = get_peft_model(make_gemma3(attn_implementation), PTuningConfig(num_virtual_tokens=V)).eval()
+    assert model.prompt_route == "shared"
+    text, prompt = base.model.language_model, model.prompt_embeddings()
+    forward, total = text.forward, V + ids.shape[1]
+
+    def concatenating(inputs_embeds, attention_mask, position_ids=None, input_ids=None, **kwargs):
+        embeds = torch.cat([prompt.expand(2, -1, -1), inputs_embeds], dim=1)
+        distance = torch.arange(total)[:, None] - torch.arange(total)
+        masks = {}
+        for kind, mask in attention_mask.items():
+            visible = (distance >= 0) & (distance < (6 if kind == "sliding_attention" else total))
+            visible = visible.repeat(2, 1, 1, 1)
+            visible[:, :, V:, V:] = mask if mask.dtype == torch.bool else mask == 0
+            is_boolean, lowest = mask.dtype == torch.bool, torch.finfo(torch.float32).min
+            masks[kind] = visible if is_boolean else torch.zeros(visible.shape).masked_fill(~visible, lowest)
+        positions = torch.arange(total)[None]
+        outputs = forward(inputs_embeds=embeds, attention_mask=masks, position_ids=positions, **kwargs)
+        outputs.last_hidden_state = outputs.last_hidden_state[:, V:]
+        return outputs
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text, "forward", concatenating)
+        expected = base(**inputs, use_cache=False).logits
+    torch.testing.assert_close(model(**inputs).logits, expected, rtol=0, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(model(**inputs).logits, expected, rtol=0, atol=1e-5)
+    row = {key: value[:1] for key, value in inputs.items()}
+    torch.testing.assert_close(model(**row).logits, expected[:1], rtol=0, atol=1e-5)  # one row, with gradients
+    tokens = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    uncached = model.generate(**inputs, **tokens, use_cache=False)
+    for cache in ("dynamic", "static"):
+        assert torch.equal(model.generate(**inputs, **tokens, cache_implementation=cache), uncached)
+
+
 @torch.no_grad()
 def test_multimodal_positions_are_moved_on_by_the_prompt() -> None:
     model = get_peft_model(make_qwen2_vl(), PTuningConfig(num_virtual_tokens=V, task_type="CAUSAL_LM")).eval()
