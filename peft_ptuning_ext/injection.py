@@ -8,6 +8,7 @@ pickled or replicated model, and several threads on one model, are right.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Optional
 
 import torch
@@ -160,15 +161,11 @@ class _Widen:
         columns = (torch.arange(user_length, device=tokens.device) + past)[None]
         if positions is None:
             positions = columns if mask is None else take_columns(count_positions(mask), columns)
-        if mask is not None:
-            distances = columns - leading_padding(mask)
-        else:
-            distances = positions if positions.dim() == 2 else columns  # not those of multimodal embeddings
         if isinstance(cache, Cache):
             remember_prompt(cache, prompt)
         reach = None if isinstance(past, torch.Tensor) else past + user_length + length
-        in_front = InFront(prompt, distances + length, reach)
-        return {**inputs, "position_ids": positions + length, ARGUMENT: in_front}
+        distances = functools.partial(_distances, columns + length, mask, positions + length)
+        return {**inputs, "position_ids": positions + length, ARGUMENT: InFront(prompt, distances, reach)}
 
     def _shared_prompt(self, stack: nn.Module, layer: PTuningLayer, adapter_name: str, inputs: dict) -> SharedPrompt:
         """The keys and values of the prompt: those kept, where no gradient is asked for, or new ones."""
@@ -276,6 +273,13 @@ class _Widen:
                 f"{length} virtual tokens and {text} text tokens are {length + text} positions, and "
                 f"{type(stack).__name__} has {limit}. Truncate the text to {limit - length} tokens."
             )
+
+
+def _distances(columns: torch.Tensor, mask: Optional[torch.Tensor], positions: torch.Tensor) -> torch.Tensor:
+    """How far behind the prompt's first token the columns of a call are: (B or 1, S)."""
+    if mask is not None:
+        return columns - leading_padding(mask)
+    return positions if positions.dim() == 2 else columns  # not those of multimodal embeddings
 
 
 class _Trim:

@@ -78,8 +78,34 @@ def merged_attention(
         mask = mask.to(query.dtype).expand(batch_size, -1, query.shape[2], -1)
         unseeing = (mask <= torch.finfo(mask.dtype).min).all(-1)
     scale = width**-0.5 if scale is None else scale
-    output = _Merged.apply(query, key, value, prompt_key, prompt_value, mask, unseeing, is_causal, scale)
+    inputs = (query, key, value, prompt_key, prompt_value)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
+        output = _Merged.apply(*inputs, mask, unseeing, is_causal, scale)
+    else:
+        output, _, _ = _merge(*inputs, mask, unseeing, is_causal, scale)
     return output.reshape(batch_size, heads, queries, width).transpose(1, 2)
+
+
+def _merge(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    prompt_key: torch.Tensor,
+    prompt_value: torch.Tensor,
+    mask: Optional[torch.Tensor],
+    unseeing: Optional[torch.Tensor],
+    is_causal: bool,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The output, (B, heads, S, D), and the log-sum-exps of text and prompt, (B, heads, S)."""
+    of_text, text_lse = _attention(query, key, value, 0.0, is_causal, attn_mask=mask, scale=scale)
+    of_prompt, prompt_lse = _attention(_as_one_row(query), prompt_key, prompt_value, 0.0, False, scale=scale)
+    of_prompt, prompt_lse = _as_rows(of_prompt, len(query)), _as_rows(prompt_lse, len(query))
+    if unseeing is not None:  # the kernel gives a query that sees nothing the output 0 and an arbitrary sum
+        text_lse = text_lse.masked_fill(unseeing, float("-inf"))
+    share = torch.sigmoid(prompt_lse - text_lse).unsqueeze(-1)
+    output = torch.lerp(of_text.to(share.dtype), of_prompt.to(share.dtype), share).to(query.dtype)
+    return output, text_lse, prompt_lse
 
 
 class _Merged(torch.autograd.Function):
@@ -96,15 +122,9 @@ class _Merged(torch.autograd.Function):
         is_causal: bool,
         scale: float,
     ) -> torch.Tensor:
-        of_text, text_lse = _attention(query, key, value, 0.0, is_causal, attn_mask=mask, scale=scale)
-        of_prompt, prompt_lse = _attention(_as_one_row(query), prompt_key, prompt_value, 0.0, False, scale=scale)
-        of_prompt, prompt_lse = _as_rows(of_prompt, len(query)), _as_rows(prompt_lse, len(query))
-        if unseeing is not None:  # the kernel gives a query that sees nothing the output 0 and an arbitrary sum
-            text_lse = text_lse.masked_fill(unseeing, float("-inf"))
-        lse = torch.logaddexp(text_lse, prompt_lse)
-        share = (prompt_lse - lse).exp_().unsqueeze(-1)
-        output = torch.lerp(of_text.to(share.dtype), of_prompt.to(share.dtype), share).to(query.dtype)
-        ctx.save_for_backward(query, key, value, prompt_key, prompt_value, mask, output, lse)
+        inputs = (query, key, value, prompt_key, prompt_value)
+        output, text_lse, prompt_lse = _merge(*inputs, mask, unseeing, is_causal, scale)
+        ctx.save_for_backward(*inputs, mask, output, torch.logaddexp(text_lse, prompt_lse))
         ctx.is_causal, ctx.scale = is_causal, scale
         return output
 
@@ -127,9 +147,9 @@ class _Merged(torch.autograd.Function):
 
 def _as_one_row(tensor: torch.Tensor) -> torch.Tensor:
     """(B, heads, S, …) → (1, heads, B·S, …)."""
-    return tensor.transpose(0, 1).flatten(1, 2)[None]
+    return tensor if len(tensor) == 1 else tensor.transpose(0, 1).flatten(1, 2)[None]
 
 
 def _as_rows(tensor: torch.Tensor, batch_size: int) -> torch.Tensor:
     """(1, heads, B·S, …) → (B, heads, S, …)."""
-    return tensor[0].unflatten(1, (batch_size, -1)).transpose(0, 1)
+    return tensor if batch_size == 1 else tensor[0].unflatten(1, (batch_size, -1)).transpose(0, 1)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import inspect
 import sys
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
@@ -77,13 +78,14 @@ class InFront:
 
     Args:
         prompt ([`SharedPrompt`]): The prompt.
-        distances (`torch.Tensor`):
-            How many tokens, the prompt's too, stand between the prompt's first and each of the call's: (B or 1, S).
+        distances (`Callable`):
+            Returns how many tokens, the prompt's too, stand between the prompt's first and each of the call's, (B or
+            1, S). Only windows ask for it.
         reach (`int`, *optional*): One more than the largest of them can be, if known.
     """
 
     prompt: SharedPrompt
-    distances: torch.Tensor
+    distances: Callable[[], torch.Tensor]
     reach: Optional[int] = None
     masks: dict = field(default_factory=dict)
 
@@ -140,7 +142,7 @@ class InFront:
             visible = torch.ones(1, 1, 1, length, dtype=torch.bool, device=device)
         else:
             column = torch.arange(length, device=device)
-            visible = self.distances.to(device)[:, None, :, None] - column < window
+            visible = self.distances().to(device)[:, None, :, None] - column < window
         if mask.dtype != torch.bool:
             visible = mask.new_zeros(()).masked_fill(~visible, torch.finfo(mask.dtype).min)
         shape = torch.broadcast_shapes(mask.shape[:-1], visible.shape[:-1])
