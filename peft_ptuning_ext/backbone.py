@@ -26,6 +26,7 @@ POOLERS: dict[str, Callable[[nn.Module, torch.Tensor], torch.Tensor]] = {
 REFUSED_MODEL_TYPES: dict[str, str] = {
     "funnel": "it pools neighbouring positions, and the prompt would be pooled with the text",
     "lxmert": "its pooler reads the first position under a name of its own",
+    "prophetnet": "its n-gram streams are laid out for token ids",
     "minimax": "its cache does not tell how many tokens it holds",
 }
 
@@ -36,6 +37,16 @@ REFUSED_PARAMETERS: dict[str, str] = {
     "state": "it keeps a recurrent state instead of a key-value cache, from which the prompt can't be told",
     "mems": "it keeps memories instead of a key-value cache, from which the prompt can't be told",
     "past_buckets_states": "its hashing attention ties positions to fixed buckets",
+}
+
+# Classes that scale the embeddings of token ids, but not `inputs_embeds`: the attribute that is the factor.
+EMBED_SCALES: dict[str, str] = {
+    "BlenderbotSmallEncoder": "embed_scale",
+    "FalconH1Model": "embedding_multiplier",
+    "MarianEncoder": "embed_scale",
+    "MvpDecoder": "embed_scale",
+    "MvpEncoder": "embed_scale",
+    "PegasusEncoder": "embed_scale",
 }
 
 # Names under which backbones keep a table of absolute positions (learned or sinusoidal).
@@ -56,6 +67,7 @@ class Backbone:
             Whether padding on the left has to stand before the prompt rather than between prompt and text: where
             distance is counted in columns. It makes no difference where each token is told its position and attention
             is unlimited, and could not help where a table counts the padding too.
+        embed_scale (`float`): What the backbone multiplies the embeddings of token ids by, before it goes on.
         first_position (`int`): The position that the backbone gives to its first token.
         max_positions (`int`, *optional*): How many tokens its table of positions holds; `None` if it has no table.
         decoder (`str`, *optional*):
@@ -69,6 +81,7 @@ class Backbone:
     parameters: tuple[str, ...]
     is_causal: bool
     beside_text: bool
+    embed_scale: float
     first_position: int
     max_positions: Optional[int]
     decoder: Optional[str]
@@ -137,6 +150,7 @@ def find_backbone(model: nn.Module) -> Backbone:
         parameters=tuple(p for p in parameters if p != "kwargs"),
         is_causal=is_causal,
         beside_text=is_local or (not has_positions if is_causal else max_positions is None or first_position > 0),
+        embed_scale=float(getattr(backbone, EMBED_SCALES.get(type(backbone).__name__, ""), 1.0)),
         first_position=first_position,
         max_positions=max_positions,
         decoder=decoder,

@@ -31,6 +31,7 @@ from .routing import RoutedForward, entering
 from .shared_prompt import (
     ARGUMENT,
     InFront,
+    NotShareable,
     SharedPrompt,
     SharingAttention,
     checkpoints_reentrantly,
@@ -122,7 +123,10 @@ class _Widen:
         _check_names(stack, inputs)
         held = held_prompt(cache)
         if isinstance(held, SharedPrompt) or (held is None and self._shares(stack, inputs, batch_size)):
-            return self._share(stack, layer, adapter_name, inputs, user_length)
+            try:
+                return self._share(stack, layer, adapter_name, inputs, user_length)
+            except NotShareable as reason:
+                layer.not_shared = str(reason)
 
         self._check(stack, inputs, batch_size, user_length)
         past = filled_length(cache)
@@ -132,7 +136,7 @@ class _Widen:
         prompt = layer.prompt(adapter_name)
         self._check_length(stack, inputs, user_length, len(prompt))
         if inputs_embeds is None:
-            inputs_embeds = layer(input_ids)
+            inputs_embeds = layer(input_ids) * self.backbone.embed_scale
         if isinstance(cache, Cache):
             hide_prompt(cache, adapter_name, len(prompt))
             inputs["past_key_values"] = open_view(cache)
@@ -151,7 +155,7 @@ class _Widen:
         """The inputs of a call whose rows share the prompt: only the positions are others."""
         length = layer.prompt_length(adapter_name)
         cache, mask, positions = (inputs.get(key) for key in ("past_key_values", "attention_mask", "position_ids"))
-        past, mask = filled_length(cache), mask if _is_plain_mask(mask) else None
+        past, mask = filled_length(cache), _plain_mask(mask)
         if not isinstance(past, torch.Tensor):
             _check_mask_length(mask, past, user_length)
             self._check_length(stack, inputs, past + user_length, length)
@@ -352,11 +356,12 @@ class _WidenMemoryMask:
 
 def why_concatenated(stack: nn.Module, backbone: Backbone) -> Optional[str]:
     """Why the prompt is not shared by the rows of a batch; `None` if it is."""
-    if backbone.not_shared is None and not takes_shared_prompt(stack):
+    reason = backbone.not_shared or find_layer(stack, backbone).not_shared
+    if reason is None and not takes_shared_prompt(stack):
         return f"its attention implementation was changed to {stack.config._attn_implementation!r}"
-    if backbone.not_shared is None and torch.is_grad_enabled() and checkpoints_reentrantly(stack):
+    if reason is None and torch.is_grad_enabled() and checkpoints_reentrantly(stack):
         return "it checkpoints gradients, and not with `use_reentrant=False`"
-    return backbone.not_shared
+    return reason
 
 
 def _is_static(cache: Any) -> bool:
@@ -365,6 +370,17 @@ def _is_static(cache: Any) -> bool:
 
 def _is_plain_mask(mask: Any) -> bool:
     return mask is None or (isinstance(mask, torch.Tensor) and mask.dim() == 2)
+
+
+def _plain_mask(mask: Any) -> Optional[torch.Tensor]:
+    """The 2-D mask (B, N) of masks by kind of layer, which some models make of it; `None` if it can't be told."""
+    if _is_plain_mask(mask):
+        return mask
+    of_all = mask.get("full_attention") if isinstance(mask, dict) else None
+    if of_all is None:
+        return None
+    seen = of_all[:, 0, -1]  # by the last token: all but padding
+    return seen if seen.dtype == torch.bool else seen == 0
 
 
 def _check_names(stack: nn.Module, inputs: dict) -> None:

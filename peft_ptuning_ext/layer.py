@@ -28,15 +28,18 @@ class PTuningLayer(nn.Module, BaseTunerLayer):
 
     Args:
         base_layer (`nn.Module`): The model's input embedding, ids (B, S) → (B, S, H).
+        embed_scale (`float`): What the model multiplies its output by.
     """
 
     adapter_layer_names = ("ptuning_encoders",)
 
-    def __init__(self, base_layer: nn.Module):
+    def __init__(self, base_layer: nn.Module, embed_scale: float = 1.0):
         super().__init__()
         self.base_layer = base_layer
+        self.embed_scale = embed_scale
         self.ptuning_encoders = nn.ModuleDict()
         self.kept_prompts = KeptPrompts()
+        self.not_shared: Optional[str] = None  # what the first pass of a prompt found out against sharing it
         self._active_adapter = []
         self.merged_adapters = []
 
@@ -102,7 +105,7 @@ class PTuningLayer(nn.Module, BaseTunerLayer):
     def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Embeddings of `token_ids` (N,) as the model's first layer sees them: (N, H), float32 on the CPU."""
         with gather_params_ctx(self.base_layer.parameters()), align_module_device(self.get_base_layer()):
-            return self.base_layer(token_ids.to(self._device)).float().cpu()
+            return self.base_layer(token_ids.to(self._device)).float().cpu() * self.embed_scale
 
     @property
     def _device(self) -> torch.device:

@@ -61,14 +61,23 @@ class SharedPrompt:
     layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
 
+class NotShareable(Exception):
+    """What a pass of the prompt found out about the backbone: the reason why its rows can't share a prompt."""
+
+
 @dataclass
 class _Recording:
     """Passed in place of [`InFront`] while the prompt itself is computed."""
 
     layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    windows: dict[int, Optional[int]] = field(default_factory=dict)
+    attended: int = 0
 
     def attend(self, attention, module, query, key, value, mask, kwargs) -> tuple[torch.Tensor, Any]:
-        self.layers[module.layer_idx] = key, value
+        layer = getattr(module, "layer_idx", None)
+        self.layers[layer] = key, value
+        self.windows[layer] = kwargs.get("sliding_window")
+        self.attended += 1
         return attention(module, query, key, value, mask, **kwargs)
 
 
@@ -256,22 +265,25 @@ def record_prompt(
         kwargs (`dict`): What else its `forward` is to be given.
 
     Raises:
-        ValueError: The backbone does not hand its arguments down to its attention.
+        NotShareable: Its attention is not what it says.
     """
     length = inputs_embeds.shape[1]
     recording = _Recording()
     positions = torch.arange(length, device=inputs_embeds.device)[None]
-    arguments = {"inputs_embeds": inputs_embeds, "position_ids": positions, "use_cache": False, ARGUMENT: recording}
-    stack.forward(**arguments, **kwargs)
-    if len(recording.layers) != stack.config.num_hidden_layers:
-        raise ValueError(
-            f"{len(recording.layers)} of {stack.config.num_hidden_layers} layers of {type(stack).__name__} received "
-            "the prompt: its attention does not get all arguments of the model. Call "
-            f"`set_attn_implementation({_original(stack.config)!r})` on the model, after which the prompt is "
-            "concatenated, and please report it."
-        )
-    # A copy: layers that are computed again for their gradients record again.
-    return SharedPrompt(adapter_name, length, dict(recording.layers))
+    # A copy of the prompt, because there are models that scale their embeddings in place.
+    arguments = {"inputs_embeds": inputs_embeds.clone(), "position_ids": positions, "use_cache": False}
+    stack.forward(**arguments, **kwargs, **{ARGUMENT: recording})
+    # A copy, too: layers that are computed again for their gradients record again.
+    layers, config = dict(recording.layers), stack.config
+    if len(layers) != config.num_hidden_layers:
+        raise NotShareable("not all of its layers hand their arguments down to an attention of their own")
+    if recording.attended != len(layers):
+        raise NotShareable("its layers attend more than once")
+    if getattr(config, "sliding_window", None) is not None:
+        kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * len(layers)
+        if any(kinds[layer] == "sliding_attention" and window is None for layer, window in recording.windows.items()):
+            raise NotShareable("its attention does not tell its sliding window")
+    return SharedPrompt(adapter_name, length, layers)
 
 
 class KeptPrompts:

@@ -85,7 +85,7 @@ class PTuningModel(BaseTuner):
         """How the prompt gets to the text: `"shared"`, or `"concatenated: "` and the reason.
 
         A shared prompt is computed once for all rows of a batch. A single row that needs gradients is concatenated all
-        the same, which is faster.
+        the same, which is faster. Of some models, only the first call finds out that theirs can't be shared.
         """
         backbone = find_backbone(self.model)
         reason = why_concatenated(self.model.get_submodule(backbone.name), backbone)
@@ -167,7 +167,7 @@ class PTuningModel(BaseTuner):
         self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
     ) -> None:
         if not isinstance(target, PTuningLayer):
-            target = PTuningLayer(target)
+            target = PTuningLayer(target, self._backbone.embed_scale)
             setattr(parent, target_name, target)
             target.hook_handles = attach(self.model, self._backbone)
         target.update_layer(adapter_name, peft_config)

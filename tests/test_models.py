@@ -169,6 +169,10 @@ def test_masks_of_image_tokens_are_the_models_own(attn_implementation) -> None:
     torch.testing.assert_close(model(**inputs).logits, expected, rtol=0, atol=1e-5)
     with torch.no_grad():
         torch.testing.assert_close(model(**inputs).logits, expected, rtol=0, atol=1e-5)
+    pads = torch.zeros(2, 3, dtype=torch.long)
+    padded = inputs | {key: torch.cat([pads, inputs[key]], dim=1) for key in ("input_ids", "token_type_ids")}
+    padded["attention_mask"] = torch.cat([pads, inputs["attention_mask"]], dim=1)
+    torch.testing.assert_close(model(**padded).logits[:, 3:], expected, rtol=0, atol=1e-5)
     row = {key: value[:1] for key, value in inputs.items()}
     torch.testing.assert_close(model(**row).logits, expected[:1], rtol=0, atol=1e-5)  # one row, with gradients
     tokens = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
@@ -257,6 +261,83 @@ def test_decoders_that_count_in_their_own_way(name) -> None:
     torch.testing.assert_close(logits, base(inputs_embeds=embeds).logits[:, V:], rtol=0, atol=1e-5)
     generated = base.generate(inputs_embeds=embeds, attention_mask=torch.ones(1, V + 4).long(), **arguments)
     assert torch.equal(alone[:, 4:], generated)
+
+
+WITHOUT_HEAD_DIM = {key: value for key, value in {**DECODER_SIZES, **SIZES}.items() if key != "head_dim"}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+NOT_WHAT_THEY_SAY = {
+    "attend more than once": tf.DiffLlamaConfig(**WITHOUT_HEAD_DIM),
+    "not all of its layers": tf.NemotronConfig(**{**DECODER_SIZES, **SIZES}),
+    "does not tell its sliding window": tf.Qwen2MoeConfig(
+        **WITHOUT_HEAD_DIM, **EXPERTS, sliding_window=6, use_sliding_window=True, max_window_layers=1,
+        shared_expert_intermediate_size=24,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("reason", NOT_WHAT_THEY_SAY)
+def test_what_only_a_pass_finds_out_is_concatenated_from_then_on(reason) -> None:
+    torch.manual_seed(0)
+    base = tf.AutoModelForCausalLM.from_config(NOT_WHAT_THEY_SAY[reason]).eval()
+    for parameter in base.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    ids = torch.randint(5, 99, (2, 8))
+    embeds = base.get_input_embeddings()(ids)
+    model = get_peft_model(base, PTuningConfig(num_virtual_tokens=V, task_type="CAUSAL_LM")).eval()
+    assert model.prompt_route == "shared"
+    logits, again = model(input_ids=ids).logits, model(input_ids=ids).logits
+    assert model.prompt_route.startswith("concatenated: ")
+    assert reason in model.prompt_route
+    uncached = model.generate(ids, max_new_tokens=6, do_sample=False, use_cache=False)
+    assert torch.equal(model.generate(ids, max_new_tokens=6, do_sample=False), uncached)
+    prompt = model.prompt_embeddings()
+    expected = model.unload()(inputs_embeds=torch.cat([prompt.expand(2, -1, -1), embeds], dim=1)).logits[:, V:]
+    for found in (logits, again):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_a_model_that_scales_embeddings_in_place_leaves_the_prompt_alone() -> None:
+    config = tf.CTRLConfig(**SIZES, n_embd=32, n_layer=2, n_head=4, dff=48, n_positions=64)
+    model = get_peft_model(tf.CTRLLMHeadModel(config), PTuningConfig(num_virtual_tokens=V)).eval()
+    prompt, ids = model.prompt_embeddings().clone(), torch.randint(5, 99, (2, 8))
+    model(input_ids=ids).logits.sum().backward()
+    with torch.no_grad():
+        model(input_ids=ids)
+    assert torch.equal(model.prompt_embeddings(), prompt)
+
+
+SCALED = {
+    **{"vocab_size": 99, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "pad_token_id": 0},
+    **{"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48},
+    **{"max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2},
+    **{"forced_eos_token_id": None, "scale_embedding": True},
+}
+SCALING_MODELS = {
+    "Marian": (tf.MarianMTModel, tf.MarianConfig),
+    "Pegasus": (tf.PegasusForConditionalGeneration, tf.PegasusConfig),
+    "BlenderbotSmall": (tf.BlenderbotSmallForConditionalGeneration, tf.BlenderbotSmallConfig),
+    "MVP": (tf.MvpForConditionalGeneration, tf.MvpConfig),
+    "PLBart": (tf.PLBartForConditionalGeneration, tf.PLBartConfig),  # scales within its embedding
+    "BART": (tf.BartForConditionalGeneration, tf.BartConfig),
+}
+
+
+@pytest.mark.parametrize("name", SCALING_MODELS)
+@torch.no_grad()
+def test_models_that_scale_the_embeddings_of_ids(name) -> None:
+    """A prompt that starts at the embeddings of tokens is those tokens in front of the text."""
+    make, make_config = SCALING_MODELS[name]
+    torch.manual_seed(0)
+    base = make(make_config(**SCALED)).eval()
+    for parameter in base.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    front, ids, decoder_ids = torch.randint(5, 99, (V,)), torch.randint(5, 99, (2, 7)), torch.randint(5, 99, (2, 4))
+    whole = torch.cat([front.expand(2, -1), ids], dim=1)
+    expected = base(input_ids=whole, decoder_input_ids=decoder_ids).logits
+    model = get_peft_model(base, PTuningConfig(num_virtual_tokens=V, task_type="SEQ_2_SEQ_LM")).eval()
+    layer = model.base_model._layer()
+    layer.ptuning_encoders["default"].start_at(layer._embed(front))
+    torch.testing.assert_close(model(input_ids=ids, decoder_input_ids=decoder_ids).logits, expected, rtol=0, atol=1e-5)
 
 
 @torch.no_grad()

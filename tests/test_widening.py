@@ -48,7 +48,8 @@ def test_trim_takes_what_has_the_prompts_rows_and_nothing_else(batch, length, te
     total = length + text
     hidden, router = torch.randn(batch, total, 5), torch.randn(batch * total, experts)
     attention, other, nothing = torch.randn(batch, heads, total, total), torch.randn(3), None
-    output = (hidden, (hidden, None), [router], attention, other, nothing)
+    streams = torch.randn(batch, total, 2, 5)
+    output = (hidden, (hidden, None), [router], attention, other, nothing, streams)
     trimmed = trim(output, batch, total, length)
     assert torch.equal(trimmed[0], hidden[:, length:])
     assert torch.equal(trimmed[1][0], hidden[:, length:])
@@ -57,6 +58,7 @@ def test_trim_takes_what_has_the_prompts_rows_and_nothing_else(batch, length, te
     assert torch.equal(trimmed[3], attention[:, :, length:])
     assert trimmed[4] is other
     assert trimmed[5] is None
+    assert torch.equal(trimmed[6], streams[:, length:])
 
 
 @given(mask=masks(), length=sizes, fill=st.integers(0, 1), as_bool=st.booleans())
