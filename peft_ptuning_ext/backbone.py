@@ -242,7 +242,11 @@ def _is_local(backbone: PreTrainedModel) -> bool:
 def _positions(backbone: PreTrainedModel) -> tuple[int, Optional[int]]:
     """First position and number of positions of the backbone's table, if it has one."""
     for name, module in backbone.named_modules():
-        if name.rpartition(".")[2] in POSITION_TABLES and isinstance(module, nn.Embedding):
+        if name.rpartition(".")[2] not in POSITION_TABLES:
+            continue
+        if hasattr(module, "create_position_ids_from_input_ids"):  # sinusoids, for any length
+            return (module.padding_idx or 0) + 1, None
+        if isinstance(module, nn.Embedding):
             if module.padding_idx is not None:  # RoBERTa and its kin count from behind the padding index
                 first = module.padding_idx + 1
                 return first, module.num_embeddings - first

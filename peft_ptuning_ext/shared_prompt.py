@@ -42,6 +42,9 @@ LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 # Rotary embeddings whose frequencies depend on how long the whole text is, prompt and all.
 LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
 
+# Arguments of a decoder that are images which its layers attend to: the prompt's states depend on them.
+ATTENDED_INPUTS = frozenset({"cross_attention_states", "image_encoder_embeddings"})
+
 # For how many adapters of a model keys and values are kept; the one stored first goes first.
 KEPT_ADAPTERS = 16
 
@@ -134,10 +137,10 @@ class InFront:
         """The text's mask with the prompt's columns; the layers of a call share one for each window."""
         if torch.compiler.is_compiling():
             return self._widen_mask(mask, queries, tokens, window, device)
-        of_mask, widened = self.masks.get(window, (self, None))
+        of_mask, widened = self.masks.get((window, queries), (self, None))
         if of_mask is not mask:
             widened = self._widen_mask(mask, queries, tokens, window, device)
-            self.masks[window] = mask, widened
+            self.masks[window, queries] = mask, widened
         return widened.to(device)
 
     def _widen_mask(
@@ -151,7 +154,8 @@ class InFront:
             visible = torch.ones(1, 1, 1, length, dtype=torch.bool, device=device)
         else:
             column = torch.arange(length, device=device)
-            visible = self.distances().to(device)[:, None, :, None] - column < window
+            # Some models let only the last tokens ask.
+            visible = self.distances().to(device)[:, None, -queries:, None] - column < window
         if mask.dtype != torch.bool:
             visible = mask.new_zeros(()).masked_fill(~visible, torch.finfo(mask.dtype).min)
         shape = torch.broadcast_shapes(mask.shape[:-1], visible.shape[:-1])
@@ -221,7 +225,7 @@ def why_not_shared(stack: PreTrainedModel) -> Optional[str]:
     kinds = set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES
     if kinds or getattr(config, "attention_chunk_size", None):
         return f"it has layers of another kind than attention ({', '.join(sorted(kinds)) or 'chunked_attention'})"
-    if getattr(config, "add_cross_attention", False):
+    if getattr(config, "add_cross_attention", False) or ATTENDED_INPUTS & parameters.keys():
         return "it has cross-attention"
     if _rope_types(config) & LENGTH_DEPENDENT_ROPE:
         return "its rotary embedding depends on the length of the whole text"
