@@ -365,6 +365,7 @@ def why_concatenated(stack: nn.Module, backbone: Backbone) -> Optional[str]:
 
 
 def _is_static(cache: Any) -> bool:
+    cache = getattr(cache, "self_attention_cache", cache)  # of one that holds what cross-attention sees, too
     return isinstance(cache, Cache) and any(isinstance(layer, StaticLayer) for layer in cache.layers)
 
 

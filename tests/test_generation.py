@@ -382,6 +382,14 @@ def test_switching_between_calls() -> None:
 
 
 @torch.no_grad()
+def test_a_cache_for_cross_attention() -> None:
+    model, batch = make_adapted("GPT-2", add_cross_attention=True), make_batch("GPT-2", "CAUSAL_LM", lengths=(S, S))
+    assert torch.equal(
+        model.generate(**batch, **NEW), by_hand(model, "GPT-2", batch, {"add_cross_attention": True}, **NEW)
+    )
+
+
+@torch.no_grad()
 def test_static_caches_are_refused_where_the_prompt_is_concatenated() -> None:
     model = make_adapted("Llama")
     model.get_base_model().set_attn_implementation("sdpa")
