@@ -37,7 +37,7 @@ def test_the_readmes_code_runs(tmp_path, monkeypatch) -> None:
     make_folder(tmp_path / "openai-community/gpt2", "GPT-2", "CAUSAL_LM")
     rows = [{"text": "good good", "label": 1}, {"text": "bad bad", "label": 0}] * 16
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    train, load, use = BLOCKS
+    train, load, use, ask = BLOCKS
     names: dict = {}
     exec(train, names)
     trained = names["model"].eval()
@@ -50,10 +50,12 @@ def test_the_readmes_code_runs(tmp_path, monkeypatch) -> None:
     assert [n for n, p in names["model"].named_parameters() if p.requires_grad] == [
         "base_model.model.transformer.wte.ptuning_encoders.default.embedding"
     ]
+    exec(ask, names)
+    assert names["model"].prompt_route == "shared"
 
 
 def test_the_readme_keeps_its_promises_of_brevity() -> None:
-    train, load, _ = BLOCKS
+    train, load, *_ = BLOCKS
     assert len([line for line in train.splitlines() if line.strip()]) <= 15
     assert len([line for line in load.splitlines() if line.strip()]) == 3
     assert README[: README.index(load)].count("\n") <= 50
