@@ -27,6 +27,7 @@ REFUSED_MODEL_TYPES: dict[str, str] = {
     "funnel": "it pools neighbouring positions, and the prompt would be pooled with the text",
     "lxmert": "its pooler reads the first position under a name of its own",
     "prophetnet": "its n-gram streams are laid out for token ids",
+    "unlimited_ocr_text": "its cache counts the tokens of the first call, and the prompt is not among them",
     "minimax": "its cache does not tell how many tokens it holds",
 }
 
@@ -136,8 +137,18 @@ def find_backbone(model: nn.Module) -> Backbone:
     if getattr(backbone.config, "token_dropout", False):
         raise _refusal(backbone, "`token_dropout` of its config rescales the embeddings of token ids only")
     for parameter, reason in REFUSED_PARAMETERS.items():
-        if parameter in parameters:
+        # Gemma 4 takes such inputs only if its config gives them a width.
+        is_unused = parameter == "per_layer_inputs" and getattr(backbone.config, "hidden_size_per_layer_input", 1) == 0
+        if parameter in parameters and not is_unused:
             raise _refusal(backbone, reason)
+    for kind in {type(module) for module in backbone.modules()} - {type(backbone)}:
+        inputs = inspect.signature(kind.forward).parameters
+        if (
+            "hidden_states" in inputs
+            and "input_ids" in inputs
+            and inputs["input_ids"].default is inspect.Parameter.empty
+        ):
+            raise _refusal(backbone, f"its {kind.__name__} reads the token ids again, and a prompt has none")
     if isinstance(getattr(backbone, "pooler", None), nn.Linear) and backbone.config.model_type not in POOLERS:
         raise _refusal(backbone, "its pooler reads a slice that only its own forward knows")
 

@@ -169,7 +169,8 @@ class _Widen:
             remember_prompt(cache, prompt)
         reach = None if isinstance(past, torch.Tensor) else past + user_length + length
         distances = functools.partial(_distances, columns + length, mask, positions + length)
-        return {**inputs, "position_ids": positions + length, ARGUMENT: InFront(prompt, distances, reach)}
+        in_front = InFront(prompt, distances, user_length, reach)
+        return {**inputs, "position_ids": positions + length, ARGUMENT: in_front}
 
     def _shared_prompt(self, stack: nn.Module, layer: PTuningLayer, adapter_name: str, inputs: dict) -> SharedPrompt:
         """The keys and values of the prompt: those kept, where no gradient is asked for, or new ones."""

@@ -93,11 +93,13 @@ class InFront:
         distances (`Callable`):
             Returns how many tokens, the prompt's too, stand between the prompt's first and each of the call's, (B or
             1, S). Only windows ask for it.
+        queries (`int`): How many tokens the call has, S.
         reach (`int`, *optional*): One more than the largest of them can be, if known.
     """
 
     prompt: SharedPrompt
     distances: Callable[[], torch.Tensor]
+    queries: int
     reach: Optional[int] = None
     masks: dict = field(default_factory=dict)
 
@@ -119,6 +121,9 @@ class InFront:
             window = None  # it reaches back to the prompt's first token
         prompt_key, prompt_value = (tensor.to(key) for tensor in self.prompt.layers[module.layer_idx])
         tokens, mask = key.shape[2], mask if mask is None else mask[..., : key.shape[2]]
+        if mask is None and 1 < query.shape[2] < self.queries:  # only of the last tokens
+            mask = torch.ones(self.queries, tokens, dtype=torch.bool, device=key.device).tril()
+            mask = mask[None, None, -query.shape[2] :]
         if attention is sdpa_attention_forward and window is None and can_merge(query, key, value, kwargs):
             scale = kwargs.get("scaling")
             return merged_attention(query, key, value, prompt_key, prompt_value, mask, scale), None

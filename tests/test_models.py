@@ -435,6 +435,19 @@ class SharedTwice(WithoutEmbeds):
         self.second = self.embed_tokens
 
 
+class ReadsIds(WithoutEmbeds):
+    class Router(nn.Module):
+        def forward(self, hidden_states, input_ids):
+            return hidden_states[input_ids]
+
+    def __init__(self, config) -> None:
+        super().__init__(config)
+        self.router = self.Router()
+
+    def forward(self, input_ids=None, inputs_embeds=None):
+        return self.router(inputs_embeds, input_ids)
+
+
 def _two_models() -> nn.Module:
     return nn.ModuleDict({"a": make_model("BERT", "TOKEN_CLS"), "b": make_model("BERT", "TOKEN_CLS")})
 
@@ -445,6 +458,7 @@ REFUSED = {
     "two transformers models": (_two_models, "ModuleDict: it holds 2 transformers models"),
     "no inputs_embeds": (lambda: WithoutEmbeds(tf.BertConfig(**TINY)), "WithoutEmbeds: its forward takes no `inputs_"),
     "shared embedding": (lambda: SharedTwice(tf.BertConfig(**TINY)), "SharedTwice: its input embedding is registered"),
+    "ids": (lambda: ReadsIds(tf.BertConfig(**TINY)), "ReadsIds: its Router reads the token ids again"),
     "vision": (
         lambda: tf.ViTModel(tf.ViTConfig(**{k: v for k, v in TINY.items() if k != "vocab_size"})),
         "ViTModel: its input embedding is a ViTPatchEmbeddings, not a table of token embeddings",

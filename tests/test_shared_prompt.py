@@ -460,3 +460,23 @@ def test_a_window_that_just_reaches_the_prompt(window) -> None:
     torch.testing.assert_close(
         model(input_ids=ids).logits, concatenating(model)(input_ids=ids).logits, rtol=0, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("kernel", ["merged", "joined"])
+@pytest.mark.parametrize("window", [None, 8])
+@torch.no_grad()
+def test_queries_of_the_last_tokens_only(kernel, window, monkeypatch) -> None:
+    """Gemma 4 has layers that attend to the keys of others, for the tokens whose logits are asked for."""
+    if kernel == "joined":
+        monkeypatch.setattr(shared_prompt, "can_merge", lambda *args: False)
+    module = stack_of(make_adapted()).layers[0].self_attn
+    query, key, value = torch.randn(2, 4, S, 8), torch.randn(2, 2, S, 8), torch.randn(2, 2, S, 8)
+    prompt = shared_prompt.SharedPrompt("default", V, {0: (torch.randn(1, 2, V, 8), torch.randn(1, 2, V, 8))})
+    in_front = shared_prompt.InFront(prompt, lambda: torch.arange(V, V + S)[None], S, V + S)
+
+    def attend(query: torch.Tensor) -> torch.Tensor:
+        attention = shared_prompt.sdpa_attention_forward
+        return in_front.attend(attention, module, query, key, value, None, {"sliding_window": window})[0]
+
+    for tokens in (1, 3):
+        torch.testing.assert_close(attend(query[:, :, -tokens:]), attend(query)[:, -tokens:], rtol=0, atol=1e-5)
