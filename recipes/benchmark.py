@@ -543,7 +543,7 @@ def plot_lines(axis: str, name: str, report: dict, path: Path) -> None:
         axes.set_xscale("log", base=2)
         axes.set_xticks(sorted(rows), map(str, sorted(rows)))
         axes.set(xlabel=AXES[axis], ylabel="ratio to the base")
-        axes.set_title(", ".join(f"{AXES[key]} = {getattr(fixed, key)}" for key in others), fontsize=10)
+        axes.set_title(", ".join(f"{AXES[key][-1]} = {getattr(fixed, key)}" for key in others), fontsize=10)
         axes.axhline(1, color="black", linestyle="--", linewidth=1, label="base")
         axes.grid(alpha=0.25)
     for axes in grid[len(panels) :]:

@@ -70,3 +70,16 @@ def test_the_readmes_commands_are_targets_of_make() -> None:
     commands = re.findall(r"^make (\w+)", README, flags=re.MULTILINE)
     assert commands == ["quickstart", "test"]
     assert all(f"\n{command}:" in makefile for command in commands)
+
+
+def test_the_readmes_measurements_are_those_in_the_results() -> None:
+    root = Path(__file__).parent.parent
+    tables = (root / "recipes/results/benchmark/benchmark.md").read_text().split("\n## ")
+    training = next(table for table in tables if table.startswith("Training step: time"))
+    assert training[training.index("| B |") :].strip() in README
+    for title, column in (("Prefill", -2), ("Time to first token", -2), ("Tokens per second", -2)):
+        rows = next(table for table in tables if table.startswith(title)).strip().splitlines()[-4:]
+        medians = [row.split("|")[column].split()[0] for row in rows]
+        assert f"| {' | '.join(medians)} |" in README
+    for image in re.findall(r"!\[.*?\]\((.*?)\)", README):
+        assert (root / image).is_file()
