@@ -122,6 +122,11 @@ class _Widen:
         batch_size, user_length = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
         _check_names(stack, inputs)
         held = held_prompt(cache)
+        if isinstance(held, SharedPrompt) and not takes_shared_prompt(stack):
+            raise ValueError(
+                "The cache was filled behind a shared prompt, and the attention implementation was then changed to "
+                f"{stack.config._attn_implementation!r}, which does not see it. Begin with an empty cache."
+            )
         if isinstance(held, SharedPrompt) or (held is None and self._shares(stack, inputs, batch_size)):
             try:
                 return self._share(stack, layer, adapter_name, inputs, user_length)

@@ -443,6 +443,19 @@ def test_a_cache_belongs_to_the_adapter_that_filled_it() -> None:
 
 
 @torch.no_grad()
+def test_a_cache_behind_a_shared_prompt_needs_the_attention_that_sees_it() -> None:
+    model = make_adapted("Llama")
+    ids = make_batch("Llama", "CAUSAL_LM", lengths=(6, 6))["input_ids"]
+    cache = model(input_ids=ids, use_cache=True).past_key_values
+    model.get_base_model().set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match="behind a shared prompt.*changed to 'sdpa'"):
+        model(input_ids=ids[:, :1], past_key_values=cache)
+    assert cache.get_seq_length() == 6
+    model.get_base_model().set_attn_implementation("ptuning_sdpa")
+    assert model(input_ids=ids[:, :1], past_key_values=cache).logits.isfinite().all()
+
+
+@torch.no_grad()
 def test_what_a_cache_shows_of_itself_is_the_user_s() -> None:
     model = make_adapted("Llama")
     ids = make_batch("Llama", "CAUSAL_LM", lengths=(6, 6))["input_ids"]
