@@ -13,8 +13,6 @@ import torch
 from families import DECODERS, ENCODERS, FAMILIES, make_model
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from reference import V, embedding_and_backbone, make_batch
-from torch import distributed, multiprocessing
-from torch.nn.parallel import DistributedDataParallel
 from transformers import DynamicCache
 
 from peft_ptuning_ext import PTuningConfig, shared_prompt
@@ -404,34 +402,6 @@ def test_the_shared_prompts_gradient_through_every_encoder(family) -> None:
         for one, two in zip(model.parameters(), other.parameters(), strict=True):
             if one.requires_grad:
                 torch.testing.assert_close(one.grad, two.grad, rtol=1e-4, atol=1e-5 * two.grad.abs().max().item())
-
-
-def _train_distributed(rank: int, rendezvous: str, result: str) -> None:
-    distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
-    torch.set_num_threads(1)
-    model = DistributedDataParallel(make_adapted())
-    ids = make_batch("Llama", "CAUSAL_LM", lengths=(S,) * 4)["input_ids"].chunk(2)[rank]
-    optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=1.0)
-    for _ in range(2):
-        optimizer.zero_grad()
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-    if rank == 0:
-        torch.save(model.module.prompt_embeddings().detach(), result)
-    distributed.destroy_process_group()
-
-
-def test_two_processes_train_as_one(tmp_path) -> None:
-    result = tmp_path / "prompt.pt"
-    multiprocessing.spawn(_train_distributed, (str(tmp_path / "rendezvous"), str(result)), nprocs=2)
-    model = make_adapted()
-    ids = make_batch("Llama", "CAUSAL_LM", lengths=(S,) * 4)["input_ids"]
-    optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=1.0)
-    for _ in range(2):
-        optimizer.zero_grad()
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-    torch.testing.assert_close(torch.load(result), model.prompt_embeddings(), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("kernel", ["merged", "joined"])
