@@ -17,6 +17,7 @@ from typing import Any, Optional
 
 import torch
 from transformers import Cache
+from transformers.cache_utils import StaticLayer
 
 from .shared_prompt import SharedPrompt
 
@@ -101,3 +102,9 @@ def is_filled(cache: Any) -> bool:
     """Whether a cache holds anything, for what can be told without breaking a graph that is being compiled."""
     length = filled_length(cache)
     return held_prompt(cache) is not None if isinstance(length, torch.Tensor) else length > 0
+
+
+def is_static(cache: Any) -> bool:
+    """Whether a cache has room for a fixed number of columns."""
+    cache = getattr(cache, "self_attention_cache", cache)  # of one that holds what cross-attention sees, too
+    return isinstance(cache, Cache) and any(isinstance(layer, StaticLayer) for layer in cache.layers)

@@ -14,7 +14,6 @@ from typing import Any, Optional
 import torch
 from torch import nn
 from transformers import Cache
-from transformers.cache_utils import StaticLayer
 
 from .backbone import Backbone, pool
 from .cache import (
@@ -23,6 +22,7 @@ from .cache import (
     held_prompt,
     hide_prompt,
     is_filled,
+    is_static,
     open_view,
     remember_prompt,
 )
@@ -141,7 +141,7 @@ class _Widen:
         prompt = layer.prompt(adapter_name)
         self._check_length(stack, inputs, user_length, len(prompt))
         if inputs_embeds is None:
-            inputs_embeds = layer(input_ids) * self.backbone.embed_scale
+            inputs_embeds = layer.embed(input_ids)
         if isinstance(cache, Cache):
             hide_prompt(cache, adapter_name, len(prompt))
             inputs["past_key_values"] = open_view(cache)
@@ -245,7 +245,7 @@ class _Widen:
     def _check(self, stack: nn.Module, inputs: dict, batch_size: int, user_length: int) -> None:
         """Refuses what would otherwise be silently wrong."""
         name = type(stack).__name__
-        if _is_static(inputs.get("past_key_values")):
+        if is_static(inputs.get("past_key_values")):
             raise ValueError(
                 f"{name} got a static cache, which has no room for the prompt: it is concatenated here, because "
                 f"{why_concatenated(stack, self.backbone)}. Leave `cache_implementation` at its default."
@@ -368,11 +368,6 @@ def why_concatenated(stack: nn.Module, backbone: Backbone) -> Optional[str]:
     if reason is None and torch.is_grad_enabled() and checkpoints_reentrantly(stack):
         return "it checkpoints gradients, and not with `use_reentrant=False`"
     return reason
-
-
-def _is_static(cache: Any) -> bool:
-    cache = getattr(cache, "self_attention_cache", cache)  # of one that holds what cross-attention sees, too
-    return isinstance(cache, Cache) and any(isinstance(layer, StaticLayer) for layer in cache.layers)
 
 
 def _is_plain_mask(mask: Any) -> bool:

@@ -46,6 +46,11 @@ class PTuningLayer(nn.Module, BaseTunerLayer):
     def forward(self, *args, **kwargs) -> torch.Tensor:
         return self.base_layer(*args, **kwargs)
 
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Embeddings of `token_ids`, (B, S) or (N,), as the model's first layer gets them, with H at the end."""
+        embeds = self(token_ids)
+        return embeds if self.embed_scale == 1 else embeds * self.embed_scale
+
     @property
     def prompted_adapter(self) -> Optional[str]:
         """Name of the adapter whose prompt is in front now; `None` if there is none or adapters are disabled."""
@@ -103,9 +108,9 @@ class PTuningLayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Embeddings of `token_ids` (N,) as the model's first layer sees them: (N, H), float32 on the CPU."""
+        """Embeddings of `token_ids` (N,) for a prompt to start at: (N, H), float32 on the CPU."""
         with gather_params_ctx(self.base_layer.parameters()), align_module_device(self.get_base_layer()):
-            return self.base_layer(token_ids.to(self._device)).float().cpu() * self.embed_scale
+            return self.embed(token_ids.to(self._device)).float().cpu()
 
     @property
     def _device(self) -> torch.device:

@@ -110,22 +110,11 @@ def _merge(
 
 class _Merged(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        prompt_key: torch.Tensor,
-        prompt_value: torch.Tensor,
-        mask: Optional[torch.Tensor],
-        unseeing: Optional[torch.Tensor],
-        is_causal: bool,
-        scale: float,
-    ) -> torch.Tensor:
-        inputs = (query, key, value, prompt_key, prompt_value)
-        output, text_lse, prompt_lse = _merge(*inputs, mask, unseeing, is_causal, scale)
-        ctx.save_for_backward(*inputs, mask, output, torch.logaddexp(text_lse, prompt_lse))
-        ctx.is_causal, ctx.scale = is_causal, scale
+    def forward(ctx: Any, *arguments: Any) -> torch.Tensor:
+        """The output of [`_merge`]."""
+        output, text_lse, prompt_lse = _merge(*arguments)
+        *tensors, _, ctx.is_causal, ctx.scale = arguments
+        ctx.save_for_backward(*tensors, output, torch.logaddexp(text_lse, prompt_lse))
         return output
 
     @staticmethod

@@ -74,10 +74,9 @@ def trim(value: Any, batch_size: int, total: int, length: int, columns: Optional
         if value.dim() == 4 and value.shape[2:] == (total, total):
             return value[:, :, length:] if columns is None else value.take_along_dim(columns[:, None, :, None], dim=2)
         if value.dim() >= 3 and value.shape[1] == total:
-            dims = (1,) * (value.dim() - 2)
-            return (
-                value[:, length:] if columns is None else value.take_along_dim(columns.view(*columns.shape, *dims), 1)
-            )
+            if columns is None:
+                return value[:, length:]
+            return value.take_along_dim(columns.view(*columns.shape, *(1,) * (value.dim() - 2)), dim=1)
         if value.dim() == 2 and value.shape[0] == batch_size * total:
             rows = value.unflatten(0, (batch_size, total))
             return trim(rows, batch_size, total, length, columns).flatten(0, 1)

@@ -12,6 +12,7 @@ from families import DECODER_SIZES, ENCODER_SIZES, make_model
 from peft import PeftModel, get_peft_model
 from reference import V, concatenated, main_output, make_batch
 from torch import nn
+from transformers.models.kosmos2.modeling_kosmos2 import Kosmos2TextForCausalLM
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from peft_ptuning_ext import PTuningConfig
@@ -322,22 +323,46 @@ SCALING_MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", SCALING_MODELS)
+UNUSUAL_CAUSAL_MODELS = {
+    "MVP": (tf.MvpForCausalLM, tf.MvpConfig(**SCALED, is_decoder=True, is_encoder_decoder=False)),
+    "Falcon-H1": (
+        tf.FalconH1ForCausalLM,
+        tf.FalconH1Config(
+            **{**DECODER_SIZES, **SIZES}, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8,
+            mamba_n_groups=1, mamba_chunk_size=4, embedding_multiplier=3.0,
+        ),
+    ),
+    "Gemma 4": (tf.Gemma4ForCausalLM, tf.Gemma4TextConfig(**DECODER_SIZES, hidden_size_per_layer_input=0)),
+    "Kosmos-2": (
+        Kosmos2TextForCausalLM,
+        tf.Kosmos2TextConfig(
+            vocab_size=99, embed_dim=32, layers=2, attention_heads=4, ffn_dim=48, max_position_embeddings=64,
+        ),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SCALING_MODELS | UNUSUAL_CAUSAL_MODELS)
 @torch.no_grad()
-def test_models_that_scale_the_embeddings_of_ids(name) -> None:
-    """A prompt that starts at the embeddings of tokens is those tokens in front of the text."""
-    make, make_config = SCALING_MODELS[name]
+def test_a_prompt_that_starts_at_tokens_is_those_tokens_in_front(name) -> None:
+    """Of models that scale the embeddings of ids only, or count positions in a way of their own."""
     torch.manual_seed(0)
-    base = make(make_config(**SCALED)).eval()
+    if name in SCALING_MODELS:
+        make, make_config = SCALING_MODELS[name]
+        base, others = make(make_config(**SCALED)).eval(), {"decoder_input_ids": torch.randint(5, 99, (2, 4))}
+    else:
+        make, config = UNUSUAL_CAUSAL_MODELS[name]
+        base, others = make(config).eval(), {}
     for parameter in base.parameters():
-        nn.init.normal_(parameter, std=0.2)
-    front, ids, decoder_ids = torch.randint(5, 99, (V,)), torch.randint(5, 99, (2, 7)), torch.randint(5, 99, (2, 4))
-    whole = torch.cat([front.expand(2, -1), ids], dim=1)
-    expected = base(input_ids=whole, decoder_input_ids=decoder_ids).logits
-    model = get_peft_model(base, PTuningConfig(num_virtual_tokens=V, task_type="SEQ_2_SEQ_LM")).eval()
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.2)
+    front, ids = torch.randint(5, 99, (V,)), torch.randint(5, 99, (2, 7))
+    expected = base(input_ids=torch.cat([front.expand(2, -1), ids], dim=1), **others).logits
+    expected = expected if others else expected[:, V:]
+    model = get_peft_model(base, PTuningConfig(num_virtual_tokens=V)).eval()
     layer = model.base_model._layer()
     layer.ptuning_encoders["default"].start_at(layer._embed(front))
-    torch.testing.assert_close(model(input_ids=ids, decoder_input_ids=decoder_ids).logits, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(model(input_ids=ids, **others).logits, expected, rtol=0, atol=1e-5)
 
 
 @torch.no_grad()
@@ -458,6 +483,15 @@ REFUSED = {
     "two transformers models": (_two_models, "ModuleDict: it holds 2 transformers models"),
     "no inputs_embeds": (lambda: WithoutEmbeds(tf.BertConfig(**TINY)), "WithoutEmbeds: its forward takes no `inputs_"),
     "shared embedding": (lambda: SharedTwice(tf.BertConfig(**TINY)), "SharedTwice: its input embedding is registered"),
+    "n-gram streams": (
+        lambda: tf.ProphetNetForCausalLM(
+            tf.ProphetNetConfig(
+                vocab_size=20, hidden_size=8, num_decoder_layers=1, num_decoder_attention_heads=2, is_decoder=True,
+                is_encoder_decoder=False, add_cross_attention=False,
+            )
+        ),
+        "ProphetNetDecoder: its n-gram streams are laid out for token ids",
+    ),
     "ids": (lambda: ReadsIds(tf.BertConfig(**TINY)), "ReadsIds: its Router reads the token ids again"),
     "vision": (
         lambda: tf.ViTModel(tf.ViTConfig(**{k: v for k, v in TINY.items() if k != "vocab_size"})),
