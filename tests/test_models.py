@@ -324,7 +324,7 @@ SCALING_MODELS = {
 
 
 UNUSUAL_CAUSAL_MODELS = {
-    "MVP": (tf.MvpForCausalLM, tf.MvpConfig(**SCALED, is_decoder=True, is_encoder_decoder=False)),
+    "MVP decoder": (tf.MvpForCausalLM, tf.MvpConfig(**SCALED, is_decoder=True, is_encoder_decoder=False)),
     "Falcon-H1": (
         tf.FalconH1ForCausalLM,
         tf.FalconH1Config(
