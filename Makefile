@@ -15,7 +15,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 
 quickstart: setup
 	$(BIN)/python recipes/text_classification.py
-	$(BIN)/python recipes/classify.py outputs/text_classification/adapter
+	$(BIN)/python recipes/classify.py outputs/text_classification
 
 test: setup quality
 	$(BIN)/python -m pytest -n logical

@@ -8,12 +8,13 @@ Importing this package registers the method with PEFT and has no other effect.
 from .config import PromptEncoderType, PTuningConfig
 from .encoder import PromptEncoder
 from .layer import PTuningLayer
+from .monitor import PromptMonitor
 from .registration import register
 from .tuner import PTuningModel
 
 
 __version__ = "0.1.0.dev0"
 
-__all__ = ["PTuningConfig", "PTuningLayer", "PTuningModel", "PromptEncoder", "PromptEncoderType"]
+__all__ = ["PTuningConfig", "PTuningLayer", "PTuningModel", "PromptEncoder", "PromptEncoderType", "PromptMonitor"]
 
 register(PTuningConfig, PTuningModel)

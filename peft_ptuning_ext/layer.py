@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Optional
 
 import torch
@@ -12,6 +14,8 @@ from peft import PromptTuningInit
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import gather_params_ctx
 from torch import nn
+from torch.distributed.tensor import DTensor, Partial
+from torch.func import functional_call
 from transformers import AutoTokenizer
 
 from .config import PTuningConfig
@@ -58,6 +62,15 @@ class PTuningLayer(nn.Module, BaseTunerLayer):
             return None
         return self.active_adapters[0]
 
+    @contextmanager
+    def without_prompt(self) -> Iterator[None]:
+        """Inside, no prompt is put in front; what else an adapter has, such as a head, stays."""
+        was_disabled, self._disable_adapters = self._disable_adapters, True
+        try:
+            yield
+        finally:
+            self._disable_adapters = was_disabled
+
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         # Other methods may have adapters on the model too, and all of them are told the names of all.
@@ -92,23 +105,25 @@ class PTuningLayer(nn.Module, BaseTunerLayer):
 
     def prompt(self, adapter_name: str) -> torch.Tensor:
         """Returns the adapter's prompt, shape (V, H), in its encoder's dtype."""
-        return self.ptuning_encoders[adapter_name]()
+        encoder = self.ptuning_encoders[adapter_name]
+        sharded = {name: value for name, value in encoder.named_parameters() if isinstance(value, DTensor)}
+        return functional_call(encoder, {name: _gather(value) for name, value in sharded.items()}, ())
 
     def _start(self, config: PTuningConfig) -> torch.Tensor:
         """The vectors at which the prompt starts, shape (V, H), float32 on the CPU."""
         length = config.num_virtual_tokens
         vocabulary = self.get_base_layer().num_embeddings
         if config.prompt_tuning_init == PromptTuningInit.SAMPLE_VOCAB:
-            return self._embed(torch.randint(vocabulary, (length,)))
+            return self.embed_ids(torch.randint(vocabulary, (length,)))
         if config.prompt_tuning_init == PromptTuningInit.TEXT and not config._from_file:
-            return self._embed(_text_ids(config, vocabulary))
+            return self.embed_ids(_text_ids(config, vocabulary))
         # Evenly spread ids rather than random ones: the scale is that of the model and not of a draw.
-        sample = self._embed(torch.linspace(0, vocabulary - 1, min(vocabulary, SCALE_SAMPLE)).long())
+        sample = self.embed_ids(torch.linspace(0, vocabulary - 1, min(vocabulary, SCALE_SAMPLE)).long())
         return sample.mean() + sample.std() * torch.randn(length, sample.shape[-1])
 
     @torch.no_grad()
-    def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Embeddings of `token_ids` (N,) for a prompt to start at: (N, H), float32 on the CPU."""
+    def embed_ids(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Embeddings of `token_ids` (N,) to compare a prompt with or start it at: (N, H), float32 on the CPU."""
         with gather_params_ctx(self.base_layer.parameters()), align_module_device(self.get_base_layer()):
             return self.embed(token_ids.to(self._device)).float().cpu()
 
@@ -119,6 +134,15 @@ class PTuningLayer(nn.Module, BaseTunerLayer):
         if getattr(hook, "offload", False):
             return torch.device(hook.execution_device)
         return self.weight.device
+
+
+def _gather(parameter: DTensor) -> torch.Tensor:
+    """The whole of a sharded parameter (FSDP2), whose gradient is the mean of the processes'.
+
+    FSDP gathers a module's parameters when the module is called, and the embedding, to which an encoder belongs, is
+    called too late for the prompt.
+    """
+    return parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
 
 
 def _text_ids(config: PTuningConfig, vocabulary: int) -> torch.Tensor:

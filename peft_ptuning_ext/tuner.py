@@ -13,6 +13,8 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from torch.nn import functional
+from transformers import PreTrainedTokenizerBase
 
 from .backbone import find_backbone
 from .checkpoint import ENCODER_KEY, check_file, check_state
@@ -79,6 +81,32 @@ class PTuningModel(BaseTuner):
             raise ValueError(f"There is no adapter {adapter_name!r}, only {list(self.peft_config)}.")
         prompt = layer.prompt(adapter_name)
         return prompt.to(layer.weight.dtype) if layer.weight.is_floating_point() else prompt
+
+    @torch.no_grad()
+    def nearest_tokens(
+        self, tokenizer: PreTrainedTokenizerBase, k: int = 5, adapter_name: Optional[str] = None
+    ) -> list[list[tuple[str, float]]]:
+        """Returns, for each of the V vectors of a prompt, the `k` tokens whose embeddings point in the same direction.
+
+        Args:
+            tokenizer (`PreTrainedTokenizerBase`): The model's; its tokens are looked through.
+            k (`int`, defaults to 5): How many tokens, with their cosine similarities, the nearest first.
+            adapter_name (`str`, *optional*): Which adapter; by default the active one.
+
+        Raises:
+            ValueError: `k` is out of range, there is no adapter of this name, or none is active.
+        """
+        layer = self._layer()
+        vocabulary = min(len(tokenizer), layer.get_base_layer().num_embeddings)
+        if not 1 <= k <= vocabulary:
+            raise ValueError(f"`k` must be from 1 to {vocabulary}, the size of the vocabulary, got {k}.")
+        prompt = functional.normalize(self.prompt_embeddings(adapter_name).float().cpu(), dim=-1)
+        directions = functional.normalize(layer.embed_ids(torch.arange(vocabulary)), dim=-1)
+        similarities, ids = (prompt @ directions.T).topk(k)  # both (V, k)
+        return [
+            list(zip(tokenizer.convert_ids_to_tokens(row), values, strict=True))
+            for row, values in zip(ids.tolist(), similarities.tolist(), strict=True)
+        ]
 
     @property
     def prompt_route(self) -> str:

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Labels sentences with an adapter that text_classification.py has saved.
 
-python recipes/classify.py outputs/text_classification/adapter "Could you open the window?" "What a great score!"
+python recipes/classify.py outputs/text_classification "Could you open the window?" "What a great score!"
 """
 
 import argparse

@@ -3,7 +3,6 @@
 """The classification recipes from end to end on a tiny model, and the data set that comes with them."""
 
 import csv
-import importlib.util
 import json
 import os
 import re
@@ -14,9 +13,15 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+import classify
 import evaluate
 import pytest
+import report
+import sources
+import text_classification
 import torch
+import yaml
+from arguments import parse_arguments
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from safetensors.torch import load_file
 from transformers import BertConfig, BertModel, BertTokenizer
@@ -28,26 +33,23 @@ SPEECH_ACTS = RECIPES / "data" / "speech_acts"
 LABELS = ["apology", "complaint", "congratulation", "invitation", "promise"]
 LABELS += ["question", "refusal", "request", "thanks", "warning"]
 TINY_LABELS = ("apology", "question", "thanks")
-OUTPUTS = {"metrics.json", "predictions.jsonl", "confusion_matrix.png", "loss_curve.png", "adapter"}
+PLOTS = {"confusion_matrix.png", "loss_curve.png", "metric_curves.png"}
+ADAPTER = {"adapter_config.json", "adapter_model.safetensors"}
+MODEL = {"config.json", "tokenizer.json", "tokenizer_config.json", "training_args.bin"}
+OUTPUTS = {"README.md", "metrics.json", "predictions.jsonl", *PLOTS, *ADAPTER, *MODEL}
 
 
 def read_rows(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def losses(metrics):
+    return [entry["loss"] for entry in metrics["history"] if "loss" in entry]
+
+
 def write_rows(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(path)
-
-
-@pytest.fixture(scope="module")
-def recipe():
-    """text_classification.py as a module; recipes are no package."""
-    spec = importlib.util.spec_from_file_location("text_classification", RECIPES / "text_classification.py")
-    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +84,7 @@ def tiny(tmp_path_factory):
         "max_length": 40,
         "num_virtual_tokens": 4,
         "max_steps": 24,
+        "save_strategy": "no",
         "learning_rate": 0.1,
         "per_device_train_batch_size": 8,
         "logging_steps": 1,
@@ -89,16 +92,16 @@ def tiny(tmp_path_factory):
     }
 
 
-def run(recipe, arguments):
-    recipe.main([word for name, value in arguments.items() for word in (f"--{name}", str(value))])
+def run(arguments):
+    text_classification.main([word for name, value in arguments.items() for word in (f"--{name}", str(value))])
 
 
 @pytest.fixture(scope="module")
-def trained(recipe, tiny, tmp_path_factory):
+def trained(tiny, tmp_path_factory):
     """The output folder of one run, the model after it and copies of its parameters before it."""
     output = tmp_path_factory.mktemp("trained") / "output"
     seen = {}
-    load_model = recipe.load_model
+    load_model = text_classification.load_model
 
     def load_and_remember(*args):
         model, tokenizer = load_model(*args)
@@ -106,14 +109,14 @@ def trained(recipe, tiny, tmp_path_factory):
         return model, tokenizer
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recipe, "load_model", load_and_remember)
-        run(recipe, {**tiny, "output_dir": output})
+        patch.setattr(text_classification, "load_model", load_and_remember)
+        run({**tiny, "output_dir": output})
     return SimpleNamespace(output=output, **seen)
 
 
 def test_files_are_written(trained):
     assert {path.name for path in trained.output.iterdir()} == OUTPUTS
-    for name in ("confusion_matrix.png", "loss_curve.png"):
+    for name in PLOTS:
         assert (trained.output / name).read_bytes().startswith(b"\x89PNG")
 
 
@@ -124,9 +127,7 @@ def test_prompt_and_head_move_and_the_backbone_stays(trained):
 
 
 def test_adapter_holds_prompt_and_head_only(trained):
-    shapes = {
-        name: tuple(t.shape) for name, t in load_file(trained.output / "adapter/adapter_model.safetensors").items()
-    }
+    shapes = {name: tuple(t.shape) for name, t in load_file(trained.output / "adapter_model.safetensors").items()}
     labels = len(trained.model.config.id2label)
     assert sorted(shapes.values()) == sorted([(4, 32), (labels, 32), (labels,)])
 
@@ -138,13 +139,13 @@ def test_metrics_agree_with_predictions(trained, tiny):
     assert [(row["text"], row["label"]) for row in rows] == [(row["text"], row["label"]) for row in given]
     assert metrics["after"]["accuracy"] == sum(row["label"] == row["prediction"] for row in rows) / len(rows)
     assert metrics["before"]["loss"] != metrics["after"]["loss"]
-    assert len(metrics["train_loss"]) == tiny["max_steps"]
+    assert len(losses(metrics)) == tiny["max_steps"]
     assert len({row["prediction"] for row in rows}) > 1  # else the comparison with a fresh process says little
 
 
 def test_saved_adapter_gives_the_same_labels_in_a_fresh_process(trained, tmp_path):
     rows = read_rows(trained.output / "predictions.jsonl")
-    command = [sys.executable, str(RECIPES / "classify.py"), str(trained.output / "adapter")]
+    command = [sys.executable, str(RECIPES / "classify.py"), str(trained.output)]
     result = subprocess.run(
         [*command, *(row["text"] for row in rows)],
         cwd=tmp_path,
@@ -157,60 +158,234 @@ def test_saved_adapter_gives_the_same_labels_in_a_fresh_process(trained, tmp_pat
     assert printed == [[row["prediction"], f"{row['probability']:.1%}", row["text"]] for row in rows]
 
 
-def test_classify_has_sentences_of_its_own(trained, capsys, monkeypatch):
-    spec = importlib.util.spec_from_file_location("classify", RECIPES / "classify.py")
-    classify = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(classify)
+def test_classify_has_sentences_of_its_own(trained, capsys):
     known = {row["text"] for split in ("train", "test") for row in read_rows(SPEECH_ACTS / f"{split}.jsonl")}
     assert not known & set(classify.SENTENCES)
-    classify.main([str(trained.output / "adapter")])
+    classify.main([str(trained.output)])
     out = capsys.readouterr().out
     assert all(sentence in out for sentence in classify.SENTENCES)
 
 
-def test_seed_decides_the_run(recipe, tiny, trained, tmp_path):
-    run(recipe, {**tiny, "output_dir": tmp_path / "same"})
-    run(recipe, {**tiny, "output_dir": tmp_path / "other", "seed": 7})
+def test_seed_decides_the_run(tiny, trained, tmp_path):
+    run({**tiny, "output_dir": tmp_path / "same"})
+    run({**tiny, "output_dir": tmp_path / "other", "seed": 7})
     first, same, other = (
         folder / "metrics.json" for folder in (trained.output, tmp_path / "same", tmp_path / "other")
     )
     assert first.read_bytes() == same.read_bytes()
-    assert json.loads(first.read_text())["train_loss"] != json.loads(other.read_text())["train_loss"]
+    assert losses(json.loads(first.read_text())) != losses(json.loads(other.read_text()))
 
 
-def test_prompt_arguments_reach_the_adapter(recipe, tiny, tmp_path, capsys):
+def test_prompt_arguments_reach_the_adapter(tiny, tmp_path, capsys):
     prompt = {"encoder": "RESIDUAL", "prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "what does it do"}
-    run(recipe, {**tiny, **prompt, "max_steps": 1, "output_dir": tmp_path})
-    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    run({**tiny, **prompt, "max_steps": 1, "output_dir": tmp_path})
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["encoder_reparameterization_type"] == "RESIDUAL"
     assert config["prompt_tuning_init_text"] == "what does it do"
     assert config["num_virtual_tokens"] == tiny["num_virtual_tokens"]
     out = capsys.readouterr().out
-    assert "trainable params" in out
+    assert re.search(r"ptuning: [\d,]+ of [\d,]+ parameters are trained \(.*%\), 227 of them deployed", out)
     assert "accuracy before training" in out
 
 
-def test_numbers_in_csv_as_labels(recipe, tiny, tmp_path):
+def test_numbers_in_csv_as_labels(tiny, tmp_path):
     files = {}
     for split in ("train", "validation"):
         files[f"{split}_file"] = tmp_path / f"{split}.csv"
         with open(files[f"{split}_file"], "w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([("sentence", "stars"), *((f"this is film {i}", i % 3 * 5) for i in range(12))])
     columns = {"text_column": "sentence", "label_column": "stars"}
-    run(recipe, {**tiny, **files, **columns, "max_steps": 1, "output_dir": tmp_path / "output"})
-    config = json.loads((tmp_path / "output" / "adapter" / "config.json").read_text())
+    run({**tiny, **files, **columns, "max_steps": 1, "output_dir": tmp_path / "output"})
+    config = json.loads((tmp_path / "output" / "config.json").read_text())
     assert config["id2label"] == {"0": "0", "1": "5", "2": "10"}
     assert {row["label"] for row in read_rows(tmp_path / "output" / "predictions.jsonl")} == {"0", "5", "10"}
 
 
-def test_other_data_can_be_swapped_in_and_keep_their_names(recipe, tiny, tmp_path, monkeypatch):
+def test_other_data_can_be_swapped_in_and_keep_their_names(tiny, tmp_path, monkeypatch):
     features = Features({"text": Value("string"), "label": ClassLabel(names=["no", "yes", "maybe"])})
     rows = Dataset.from_dict({"text": ["so it is", "not at all"] * 4, "label": [1, 0] * 4}, features=features)
-    monkeypatch.setattr(recipe, "load_data", lambda args: DatasetDict(train=rows, validation=rows))
-    run(recipe, {**tiny, "max_steps": 1, "output_dir": tmp_path})
-    config = json.loads((tmp_path / "adapter" / "config.json").read_text())
+    monkeypatch.setattr(text_classification, "load_data", lambda *args: DatasetDict(train=rows, validation=rows))
+    run({**tiny, "max_steps": 1, "output_dir": tmp_path})
+    config = json.loads((tmp_path / "config.json").read_text())
     assert config["id2label"] == {"0": "no", "1": "yes", "2": "maybe"}
     assert [row["label"] for row in read_rows(tmp_path / "predictions.jsonl")] == ["yes", "no"] * 4
+
+
+@pytest.mark.parametrize(
+    ("method", "trained_names"),
+    [
+        ("peft_ptuning", {"prompt_encoder", "classifier"}),
+        ("lora", {"lora_A", "lora_B", "classifier"}),
+        ("head", {"classifier"}),
+    ],
+)
+def test_other_methods_train_the_same_thing(tiny, tmp_path, method, trained_names, monkeypatch):
+    models = []
+    load_model = text_classification.load_model
+    monkeypatch.setattr(text_classification, "load_model", lambda *args: models.append(load_model(*args)) or models[0])
+    run({**tiny, "method": method, "learning_rate": 0.01, "max_steps": 80, "output_dir": tmp_path})
+    model = models[0][0]
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert {next(part for part in trained_names if part in name) for name in names} == trained_names
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    history = losses(metrics)
+    assert sum(history[-8:]) < sum(history[:8])
+    assert f"`{method}` for text-classification" in (tmp_path / "README.md").read_text()
+
+
+def test_a_network_is_not_counted_as_deployed(tiny, tmp_path, capsys):
+    run({**tiny, "encoder": "MLP", "max_steps": 1, "output_dir": tmp_path})
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["deployed_parameters"] == 4 * 32 + (32 + 1) * len(TINY_LABELS)  # the prompt and the head
+    assert metrics["trained_parameters"] > metrics["deployed_parameters"]
+    assert f"{metrics['trained_parameters']:,}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"method": "peft_ptuning", "encoder": "RESIDUAL"}, "the encoders MLP and LSTM"),
+        ({"method": "peft_ptuning", "prompt_tuning_init": "SAMPLE_VOCAB"}, "starts at random only"),
+        ({"method": "lora", "encoder": "MLP"}, "`--encoder` is about a prompt, and `--method lora` has none"),
+    ],
+)
+def test_arguments_that_a_method_lacks_are_refused(tiny, tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        run({**tiny, **arguments, "output_dir": tmp_path / "output"})
+    assert not (tmp_path / "output").exists()
+
+
+def outcome(folder):
+    """The adapter and the metrics, but for the way from where the prompt was at the start or on resuming."""
+    metrics = json.loads((folder / "metrics.json").read_text())
+    for entry in metrics["history"]:
+        entry.pop("prompt_shift", None)
+    return metrics, (folder / "adapter_model.safetensors").read_bytes()
+
+
+def test_a_resumed_run_writes_what_an_uninterrupted_one_does(tiny, tmp_path):
+    saving = {**tiny, "save_strategy": "steps", "save_steps": 12, "output_dir": tmp_path}
+    run(saving)
+    straight = outcome(tmp_path)
+    run({**saving, "resume_from_checkpoint": tmp_path / "checkpoint-12"})
+    assert outcome(tmp_path) == straight
+
+
+def test_early_stopping_keeps_the_best(tiny, tmp_path):
+    options = {"eval_strategy": "steps", "eval_steps": 4, "save_strategy": "steps", "save_steps": 4}
+    options |= {"load_best_model_at_end": True, "early_stopping_patience": 2, "max_steps": 200, "learning_rate": 1.0}
+    run({**tiny, **options, "output_dir": tmp_path})
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    found = [entry["eval_accuracy"] for entry in metrics["history"] if "eval_accuracy" in entry]
+    assert metrics["after"]["accuracy"] == max(found)
+    assert found[-1] <= max(found[:-2])
+    assert len(found) < 200 / 4
+
+
+def test_a_test_split_is_measured_and_not_chosen_on(tiny, tmp_path):
+    rows = read_rows(Path(tiny["validation_file"]))
+    files = {"validation_file": write_rows(tmp_path / "validation.jsonl", rows[:12])}
+    files["test_file"] = write_rows(tmp_path / "test.jsonl", rows[12:])
+    run(
+        {**tiny, **files, "max_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "output_dir": tmp_path / "output"}
+    )
+    assert [row["text"] for row in read_rows(tmp_path / "output/predictions.jsonl")] == [r["text"] for r in rows[12:]]
+    metrics = json.loads((tmp_path / "output/metrics.json").read_text())
+    evaluated = [entry for entry in metrics["history"] if "eval_loss" in entry]
+    assert metrics["after"]["loss"] not in [entry["eval_loss"] for entry in evaluated]
+
+
+def test_tensorboard_sees_the_prompt(tiny, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run({**tiny, "max_steps": 2, "report_to": "tensorboard", "output_dir": tmp_path})
+    events = EventAccumulator(str(next(tmp_path.rglob("events.out.tfevents.*"))))
+    events.Reload()
+    assert {"train/loss", "train/prompt_norm", "train/prompt_grad_norm", "train/prompt_effect"} <= set(
+        events.Tags()["scalars"]
+    )
+
+
+def test_model_card(tiny, trained, monkeypatch, tmp_path):
+    card = report.ModelCard.load(trained.output / "README.md")
+    metrics = json.loads((trained.output / "metrics.json").read_text())["after"]
+    assert {result.metric_type: result.metric_value for result in card.data.eval_results} == pytest.approx(
+        metrics, abs=1e-6
+    )
+    assert (card.data.library_name, card.data.pipeline_tag, card.data.tags) == (
+        "peft",
+        "text-classification",
+        ["ptuning"],
+    )
+    command = re.search(r"```bash\n(.*?)\n```", card.text, flags=re.DOTALL)[1]
+    assert command.startswith("python recipes/text_classification.py --model_name_or_path ")
+    assert "--num_virtual_tokens 4" in command
+    monkeypatch.chdir(trained.output.parent)
+    names = {}
+    exec(re.search(r"```python\n(.*?)\n```", card.text, flags=re.DOTALL)[1], names)
+    state = names["model"].state_dict()
+    for name, tensor in trained.model.state_dict().items():
+        if "original_module" not in name:  # a head that is new in every process
+            assert torch.equal(tensor, state[name]), name
+
+
+def test_the_folder_is_pushed_without_checkpoints_and_the_token_stays_here(tiny, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(report, "upload_folder", lambda **kwargs: calls.append(kwargs))
+    trainer = text_classification.Trainer
+    monkeypatch.setattr(
+        trainer, "init_hf_repo", lambda self, **kwargs: setattr(self, "hub_model_id", "someone/prompt")
+    )
+    monkeypatch.setattr(trainer, "_push_from_checkpoint", lambda self, folder: None)
+    run({**tiny, "max_steps": 1, "push_to_hub": True, "hub_token": "hf_secret", "output_dir": tmp_path})
+    assert len(calls) == 1
+    assert calls[0]["repo_id"] == "someone/prompt"
+    assert calls[0]["token"] == "hf_secret"
+    assert "checkpoint-*" in calls[0]["ignore_patterns"]
+    assert "hf_secret" not in (tmp_path / "README.md").read_text()
+    assert 'from_pretrained("someone/prompt"' in (tmp_path / "README.md").read_text()
+
+
+def test_its_config_file_is_understood():
+    file = RECIPES / "configs" / "text_classification.yaml"
+    options = yaml.safe_load(file.read_text())
+    recipe = text_classification
+    dataclasses = [recipe.ModelArguments, recipe.DataArguments, recipe.ColumnArguments, recipe.MethodArguments]
+    parsed = parse_arguments([*dataclasses, recipe.TrainingArguments], recipe.TRAINING_DEFAULTS, [str(file)])
+    values = {name: value for part in parsed for name, value in vars(part).items()}
+    for name, value in options.items():
+        assert values[name] == (float(value) if name == "learning_rate" else [value] if name == "report_to" else value)
+
+
+def test_options_win_over_a_file(tiny, tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps({**tiny, "max_steps": 2, "learning_rate": 0.5}))
+    words = [str(tmp_path / "run.json"), "--learning_rate", "0.25", "--output_dir", str(tmp_path / "output")]
+    text_classification.main(words)
+    history = json.loads((tmp_path / "output/metrics.json").read_text())["history"]
+    assert [entry["learning_rate"] for entry in history if "loss" in entry] == [0.0, 0.25]  # after a step of warm-up
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "There is no file"),
+        ("- a\n- b\n", "should hold options by name"),
+        ("learning_rat: 1\nnum_virtual_token: 2\n", "does not know: learning_rat, num_virtual_token"),
+    ],
+)
+def test_config_files_that_are_wrong(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "run.yaml").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        text_classification.main([str(tmp_path / "run.yaml")])
+
+
+@pytest.mark.parametrize("content", ["method: rola", "learning_rate: fast"])
+def test_values_of_a_config_file_are_checked(tmp_path, content, capsys):
+    (tmp_path / "run.yaml").write_text(content)
+    with pytest.raises(SystemExit):
+        text_classification.main([str(tmp_path / "run.yaml")])
+    assert content.split()[-1] in capsys.readouterr().err
 
 
 BAD = [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}]
@@ -239,7 +414,7 @@ BAD = [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}]
         ({"num_virtual_tokens": 0}, BAD, BAD, "`num_virtual_tokens` must be at least 1"),
     ],
 )
-def test_bad_input_is_refused_before_training(recipe, tiny, tmp_path, changes, train, validation, message):
+def test_bad_input_is_refused_before_training(tiny, tmp_path, changes, train, validation, message):
     arguments = {
         **tiny,
         "train_file": write_rows(tmp_path / "train.jsonl", train),
@@ -248,29 +423,29 @@ def test_bad_input_is_refused_before_training(recipe, tiny, tmp_path, changes, t
         **changes,
     }
     with pytest.raises(ValueError, match=message):
-        run(recipe, arguments)
+        run(arguments)
     assert not (tmp_path / "output").exists()
 
 
-def test_csv_without_rows_is_refused(recipe, tiny, tmp_path):
+def test_csv_without_rows_is_refused(tiny, tmp_path):
     (tmp_path / "train.csv").write_text("text,label\n")
     (tmp_path / "validation.csv").write_text("text,label\na,x\nb,y\n")
     files = {f"{split}_file": tmp_path / f"{split}.csv" for split in ("train", "validation")}
     with pytest.raises(ValueError, match=r"train\.csv is empty"):
-        run(recipe, {**tiny, **files, "output_dir": tmp_path / "output"})
+        run({**tiny, **files, "output_dir": tmp_path / "output"})
     assert not (tmp_path / "output").exists()
 
 
-def test_default_backbone_is_checked(recipe, tmp_path, monkeypatch):
+def test_default_backbone_is_checked(tmp_path, monkeypatch):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "model.safetensors").write_bytes(b"other weights")
     package = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
-    monkeypatch.setattr(recipe.importlib.util, "find_spec", lambda name: package)
-    with pytest.raises(ValueError, match=f"has SHA-256 [0-9a-f]{{64}}, expected {recipe.MINILM_SHA256}"):
-        recipe.find_model(None)
-    monkeypatch.setattr(recipe.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: package)
+    with pytest.raises(ValueError, match=f"has SHA-256 [0-9a-f]{{64}}, expected {sources.MINILM_SHA256}"):
+        sources.find_packaged_encoder()
+    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="not installed"):
-        recipe.find_model(None)
+        sources.find_packaged_encoder()
 
 
 def test_metric():

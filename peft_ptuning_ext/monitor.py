@@ -1,0 +1,188 @@
+# SPDX-FileCopyrightText: 2026 The peft_ptuning_ext authors
+# SPDX-License-Identifier: Apache-2.0
+"""`PromptMonitor`: a Trainer callback that logs what a prompt does, and warns when it does not learn."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, Optional
+
+import torch
+from peft.utils.integrations import gather_params_ctx
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .layer import PTuningLayer
+
+
+MIN_SHIFT = 0.01
+MIN_EFFECT = 0.001
+
+
+class PromptMonitor(TrainerCallback):
+    """Logs the prompt beside the loss, and warns once when it does not learn.
+
+    Each log entry that has a loss gains
+
+    - `prompt_norm`: mean L2 norm of the V vectors;
+    - `prompt_grad_norm`: L2 norm of the gradient of the prompt encoder's parameters, after clipping;
+    - `prompt_shift`: how far the prompt is from where training began, relative to its norm there;
+    - `prompt_effect`: how much the model's outputs differ from those without the prompt (the head stays), relative to
+      their norm, on the first rows of the training data. Left out where the data set can't be indexed or the model not
+      be called with what the collator makes.
+
+    `Trainer(callbacks=[PromptMonitor()])` brings them into `state.log_history` and onto the screen. TensorBoard and
+    other reporters run before the callbacks of the user: `PromptMonitor.watch(trainer)` puts a monitor before them.
+
+    Args:
+        patience (`int`, defaults to 100): Optimizer steps after which a prompt should have learned something.
+        rows (`int`, defaults to 2): Rows of the training data for `prompt_effect`; 0 leaves it out.
+
+    Raises:
+        ValueError: `patience` or `rows` is out of range, or the model that is trained has no P-tuning adapter.
+    """
+
+    def __init__(self, patience: int = 100, rows: int = 2):
+        if patience < 1 or rows < 0:
+            raise ValueError(f"`patience` must be at least 1 and `rows` at least 0, got {patience} and {rows}.")
+        self.patience = patience
+        self.rows = rows
+
+    @classmethod
+    def watch(cls, trainer: Trainer, **kwargs) -> PromptMonitor:
+        """Puts a monitor before the trainer's other callbacks, so that every reporter gets its values; returns it."""
+        monitor = cls(**kwargs)
+        trainer.callback_handler.callbacks.insert(0, monitor)
+        return monitor
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs
+    ) -> None:
+        layer = _find_layer(model)
+        self._start = _prompt(layer)  # (V, H)
+        self._first_step = state.global_step
+        self._grad_norm, self._highest_grad_norm = 0.0, 0.0
+        self._losses: list[float] = []
+        self._has_warned = False
+        self._batch = self._first_rows(kwargs.get("train_dataloader"), args.device)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs
+    ) -> None:
+        layer = _find_layer(model)
+        encoder = layer.ptuning_encoders[layer.active_adapters[0]]
+        norms = [_whole(p.grad).norm() for p in encoder.parameters() if p.grad is not None]
+        self._grad_norm = torch.stack(norms).norm() if norms else torch.zeros(())  # read when it is logged
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module,
+        logs: dict[str, Any],
+        **kwargs,
+    ) -> None:
+        if "loss" not in logs:
+            return
+        layer = _find_layer(model)
+        prompt = _prompt(layer)
+        values = {
+            "prompt_norm": float(prompt.norm(dim=-1).mean()),
+            "prompt_grad_norm": float(self._grad_norm),
+            "prompt_shift": float((prompt - self._start).norm() / self._start.norm()),
+        }
+        if self._batch is not None:
+            try:
+                values["prompt_effect"] = _effect(model, layer, self._batch)
+            except (TypeError, ValueError):  # a batch for a loss of the trainer's own; no reason to stop a training
+                self._batch = None
+        logs.update(values)
+        state.log_history[-1].update(values)
+
+        self._highest_grad_norm = max(self._highest_grad_norm, values["prompt_grad_norm"])
+        self._losses.append(float(logs["loss"]))
+        steps = state.global_step - self._first_step
+        if steps >= self.patience and not self._has_warned:
+            symptom = self._find_symptom(values)
+            if symptom is not None and state.is_world_process_zero:
+                warnings.warn(_advise(symptom, steps, args.learning_rate), stacklevel=2)
+            self._has_warned = symptom is not None
+
+    def _find_symptom(self, values: dict[str, float]) -> Optional[str]:
+        """What speaks against the prompt learning, or `None`."""
+        third = len(self._losses) // 3
+        first, last = sum(self._losses[:third]), sum(self._losses[len(self._losses) - third :])
+        if not all(torch.isfinite(torch.tensor(list(values.values())))):
+            return "it has values that are not finite"
+        if self._highest_grad_norm == 0:
+            return "no gradient has reached it"
+        if values["prompt_shift"] < MIN_SHIFT:
+            return f"it has moved by {values['prompt_shift']:.2%} of its norm only"
+        if values.get("prompt_effect", 1.0) < MIN_EFFECT:
+            return f"it changes the model's outputs by {values['prompt_effect']:.2%} only"
+        if third and last >= first:
+            return f"the loss has not fallen ({first / third:.4g} at first, {last / third:.4g} now)"
+        return None
+
+    def _first_rows(self, dataloader, device: torch.device) -> Optional[dict[str, torch.Tensor]]:
+        """The first rows of the training data as a batch of the collator's, or `None`."""
+        dataset = getattr(dataloader, "dataset", None)
+        if self.rows == 0 or not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+            return None
+        with torch.random.fork_rng(devices=[]):  # collators that draw leave the run's random numbers alone
+            batch = dataloader.collate_fn([dataset[i] for i in range(min(self.rows, len(dataset)))])
+        return {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
+
+
+def _advise(symptom: str, steps: int, learning_rate: float) -> str:
+    return (
+        f"After {steps} steps the prompt does not seem to learn: {symptom}. Prompts need a higher learning rate than "
+        f"weights, 1e-3 to 5e-2 with plain vectors (`learning_rate` is {learning_rate:g}), with warm-up. Then try "
+        'another start (`prompt_tuning_init="SAMPLE_VOCAB"` or `"TEXT"`) or `encoder_reparameterization_type="MLP"`. '
+        "Without any gradient, look at the labels first: all of them may be ignored."
+    )
+
+
+def _find_layer(model: nn.Module) -> PTuningLayer:
+    for module in model.modules():
+        if isinstance(module, PTuningLayer) and module.active_adapters:
+            return module
+    raise ValueError(f"PromptMonitor watches a P-tuning adapter, and {type(model).__name__} has no active one.")
+
+
+@torch.no_grad()
+def _prompt(layer: PTuningLayer) -> torch.Tensor:
+    """A copy of the active adapter's prompt: (V, H), float32."""
+    name = layer.active_adapters[0]
+    with gather_params_ctx(layer.ptuning_encoders[name].parameters()):
+        return _whole(layer.prompt(name)).float().clone()
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def _effect(model: nn.Module, layer: PTuningLayer, batch: dict[str, torch.Tensor]) -> float:
+    """Relative L2 distance of the outputs with the prompt from those without it."""
+    was_training = model.training
+    model.eval()
+    try:
+        prompted = _outputs(model, batch)
+        with layer.without_prompt():
+            plain = _outputs(model, batch)
+    finally:
+        model.train(was_training)
+    return float((prompted - plain).norm() / plain.norm())
+
+
+def _outputs(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The first output of a call that is no loss, as float32; of one vector per token, those of the text only."""
+    outputs = model(**batch).values()
+    output = next(value for value in outputs if torch.is_tensor(value) and value.dim() > 1)
+    mask = batch.get("attention_mask")
+    if mask is not None and output.shape[:2] == mask.shape:
+        output = output[mask.bool()]
+    return output.float()

@@ -1,0 +1,109 @@
+# SPDX-FileCopyrightText: 2026 The peft_ptuning_ext authors
+# SPDX-License-Identifier: Apache-2.0
+"""`--method`: the same model made trainable by this package, stock P-tuning, LoRA, or through its head alone."""
+
+import warnings
+
+import torch
+from arguments import MethodArguments
+from peft import LoraConfig, PeftConfig, PeftModel, PromptEncoderConfig, get_peft_model
+from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+
+from peft_ptuning_ext import PromptMonitor, PTuningConfig
+
+
+# PEFT 0.21 itself reads the old name while it wraps a model.
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+
+
+def make_trainable(
+    model: PreTrainedModel, args: MethodArguments, task_type: str, tokenizer: PreTrainedTokenizerBase
+) -> PeftModel | PreTrainedModel:
+    """Freezes the model but for what the method trains, and prints how much that is. `head` gives the model itself.
+
+    Raises:
+        ValueError: The method does not suit the model, or an argument does not suit the method.
+    """
+    if not args.frozen_dropout:
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):  # of frozen layers: only noise between the prompt and the loss
+                module.p = 0.0
+    if args.method == "head":
+        adapted = _head_only(model)
+    else:
+        adapted = get_peft_model(model, _make_config(args, task_type, tokenizer))
+    trainable, deployed = count_parameters(adapted)
+    total = sum(_size(parameter) for parameter in adapted.parameters())
+    print(
+        f"{args.method}: {trainable:,} of {total:,} parameters are trained ({trainable / total:.3%}), "
+        f"{deployed:,} of them deployed"
+    )
+    return adapted
+
+
+def _make_config(args: MethodArguments, task_type: str, tokenizer: PreTrainedTokenizerBase) -> PeftConfig:
+    prompt_options = {"encoder": None, "prompt_tuning_init": "RANDOM", "prompt_tuning_init_text": None}
+    ignored = [name for name, default in prompt_options.items() if getattr(args, name) != default]
+    if args.method == "ptuning":
+        return PTuningConfig(
+            task_type=task_type,
+            num_virtual_tokens=args.num_virtual_tokens,
+            encoder_reparameterization_type=args.encoder,
+            prompt_tuning_init=args.prompt_tuning_init,
+            prompt_tuning_init_text=args.prompt_tuning_init_text,
+            tokenizer_name_or_path=tokenizer if args.prompt_tuning_init == "TEXT" else None,
+        )
+    if args.method == "peft_ptuning":
+        encoder = args.encoder or "MLP"
+        if encoder not in ("MLP", "LSTM") or set(ignored) - {"encoder"}:
+            raise ValueError("Stock P-tuning has the encoders MLP and LSTM, and starts at random only.")
+        return PromptEncoderConfig(
+            task_type=task_type, num_virtual_tokens=args.num_virtual_tokens, encoder_reparameterization_type=encoder
+        )
+    if ignored:
+        raise ValueError(f"`--{ignored[0]}` is about a prompt, and `--method lora` has none.")
+    return LoraConfig(task_type=task_type, r=args.lora_r)
+
+
+def _head_only(model: PreTrainedModel) -> PreTrainedModel:
+    model.base_model.requires_grad_(False)
+    head = model.get_output_embeddings()  # of a language model
+    if head is not None and head.weight is not model.get_input_embeddings().weight:
+        head.requires_grad_(True)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f"`--method head`: {type(model).__name__} has no head apart from its frozen embeddings.")
+    return model
+
+
+def count_parameters(model: PeftModel | PreTrainedModel) -> tuple[int, int]:
+    """Returns the number of trained parameters, and of those that remain to be deployed.
+
+    A network that produces a prompt is not deployed, only the V × H numbers that come out of it.
+    """
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    count = sum(_size(parameter) for parameter in trained.values())
+    encoders = ("ptuning_encoders", "prompt_encoder")
+    prompt = sum(_size(p) for name, p in trained.items() if any(encoder in name for encoder in encoders))
+    if not prompt:
+        return count, count
+    if hasattr(model, "prompt_embeddings"):
+        produced = model.prompt_embeddings()  # (V, H)
+    else:
+        produced = model.get_prompt_embedding_to_save(model.active_adapter)  # (V, H)
+    return count, count - prompt + produced.numel()
+
+
+def _size(parameter: torch.nn.Parameter) -> int:
+    return getattr(parameter, "ds_numel", parameter.numel())  # DeepSpeed leaves empty tensors where it partitions
+
+
+def make_callbacks(args: MethodArguments) -> list[TrainerCallback]:
+    """Returns the callback that stops early, where it is asked for."""
+    patience = args.early_stopping_patience
+    return [] if patience is None else [EarlyStoppingCallback(early_stopping_patience=patience)]
+
+
+def watch_prompt(trainer: Trainer, args: MethodArguments) -> None:
+    """Has the norm, gradient and effect of a prompt logged, and a warning given where it does not learn."""
+    if args.method == "ptuning":
+        PromptMonitor.watch(trainer)

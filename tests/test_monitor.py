@@ -1,0 +1,282 @@
+# SPDX-FileCopyrightText: 2026 The peft_ptuning_ext authors
+# SPDX-License-Identifier: Apache-2.0
+"""What a prompt is told about: `PromptMonitor` beside a training, and `nearest_tokens`."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import pytest
+import torch
+from families import VOCABULARY, make_model
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments, default_data_collator
+
+from peft_ptuning_ext import PromptMonitor, PTuningConfig
+
+
+V = 4
+VALUES = {"prompt_norm", "prompt_grad_norm", "prompt_shift", "prompt_effect"}
+
+
+def make_data(task: str = "SEQ_CLS", size: int = 32) -> list[dict]:
+    """Texts half of whose tokens tell their label; or each token has its own."""
+    generator = torch.Generator().manual_seed(1)
+    rows = []
+    for label in torch.randint(2, (size,), generator=generator).tolist():
+        ids = torch.randint(10, VOCABULARY, (8,), generator=generator)
+        ids[::2] = 8 - label
+        labels = {"SEQ_CLS": label, "TOKEN_CLS": (ids > 50).long(), "CAUSAL_LM": ids}[task]
+        rows.append({"input_ids": ids, "attention_mask": torch.ones(8, dtype=torch.long), "labels": labels})
+    return rows
+
+
+def make_trainer(folder, family="BERT", task="SEQ_CLS", config=None, data=None, dropout=None, **kwargs) -> Trainer:
+    torch.manual_seed(0)
+    config = config or PTuningConfig(task_type=task, num_virtual_tokens=V)
+    model = get_peft_model(make_model(family, task, **({} if dropout is None else dropout)), config)
+    options = {"learning_rate": 1e-2, "max_steps": 6, "logging_steps": 2, "disable_tqdm": True, "use_cpu": True}
+    arguments = TrainingArguments(folder, **{**options, **kwargs}, dataloader_pin_memory=False, label_names=["labels"])
+    return Trainer(model, arguments, train_dataset=data or make_data(task))
+
+
+def logged(trainer: Trainer) -> list[dict]:
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize(("family", "task"), [("BERT", "SEQ_CLS"), ("Llama", "CAUSAL_LM"), ("BERT", "TOKEN_CLS")])
+def test_values_are_those_computed_by_hand(family, task, tmp_path) -> None:
+    trainer = make_trainer(tmp_path, family, task, max_grad_norm=0, lr_scheduler_type="constant")
+    model = trainer.model
+    start = model.prompt_embeddings().detach().clone()
+    norms = []
+
+    class GradientNorms(TrainerCallback):
+        def on_pre_optimizer_step(self, *args, **kwargs):
+            norms.append(next(p.grad for n, p in model.named_parameters() if "ptuning_encoders" in n).norm().item())
+
+    trainer.add_callback(GradientNorms())
+    trainer.add_callback(PromptMonitor(rows=3))
+    trainer.train()
+    entries = logged(trainer)
+    assert all(entry.keys() >= VALUES for entry in entries)
+    assert [entry["prompt_grad_norm"] for entry in entries] == pytest.approx(norms[1::2])
+
+    prompt = model.prompt_embeddings().detach()
+    assert entries[-1]["prompt_norm"] == pytest.approx(prompt.norm(dim=1).mean().item())
+    assert entries[-1]["prompt_shift"] == pytest.approx(((prompt - start).norm() / start.norm()).item())
+
+    model.eval()
+    batch = {
+        name: torch.stack([torch.as_tensor(row[name]) for row in trainer.train_dataset[:3]]) for name in ("input_ids",)
+    }
+    with torch.no_grad():
+        prompted = model(**batch).logits
+        head = {n: p.detach().clone() for n, p in model.named_parameters() if "modules_to_save" in n}
+        base = model.unload()
+        for name, parameter in head.items():
+            path = name.removeprefix("base_model.model.").replace("modules_to_save.default.", "")
+            base.get_parameter(path).copy_(parameter)
+        plain = base.eval()(**batch).logits
+    assert entries[-1]["prompt_effect"] == pytest.approx(((prompted - plain).norm() / plain.norm()).item(), rel=1e-5)
+    assert entries[-1]["prompt_effect"] > 0
+
+
+def test_padding_is_left_out_of_the_effect(tmp_path) -> None:
+    effects = []
+    for padded in (False, True):
+        data = make_data("TOKEN_CLS")
+        for row in data:
+            if padded:
+                row["input_ids"] = torch.cat([row["input_ids"], torch.zeros(5, dtype=torch.long)])
+                row["attention_mask"] = torch.cat([row["attention_mask"], torch.zeros(5, dtype=torch.long)])
+                row["labels"] = torch.cat([row["labels"], torch.full((5,), -100)])
+        trainer = make_trainer(tmp_path, "BERT", "TOKEN_CLS", data=data, learning_rate=0.0)
+        trainer.add_callback(PromptMonitor())
+        trainer.train()
+        effects.append([entry["prompt_effect"] for entry in logged(trainer)])
+    assert effects[0] == pytest.approx(effects[1], rel=1e-5)
+
+
+def collate_with_a_draw(rows: list[dict]) -> dict:
+    torch.rand(1)
+    return default_data_collator(rows)
+
+
+@pytest.mark.parametrize("encoder", ["NONE", "MLP"])
+def test_watching_changes_nothing(encoder, tmp_path) -> None:
+    dropout = {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2}
+    runs = []
+    for watched in (False, True):
+        config = PTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=V, encoder_reparameterization_type=encoder)
+        trainer = make_trainer(tmp_path, config=config, dropout=dropout, logging_steps=1)
+        trainer.data_collator = collate_with_a_draw
+        if watched:
+            PromptMonitor.watch(trainer)
+        trainer.train()
+        runs.append(([entry["loss"] for entry in logged(trainer)], trainer.model.prompt_embeddings()))
+    assert runs[0][0] == runs[1][0]
+    assert torch.equal(runs[0][1], runs[1][1])
+    assert trainer.model.training
+
+
+def test_reporters_get_the_values_of_a_monitor_that_watches(tmp_path) -> None:
+    seen = []
+
+    class Reporter(TrainerCallback):
+        def on_log(self, args, state, control, logs, **kwargs):
+            seen.append(set(logs))
+
+    trainer = make_trainer(tmp_path)
+    trainer.add_callback(Reporter())
+    PromptMonitor.watch(trainer)
+    trainer.train()
+    assert all(names >= VALUES for names in seen if "loss" in names)
+    assert not any(names & VALUES for names in seen if "loss" not in names)
+
+
+def test_gradient_of_a_network_is_that_of_its_parameters(tmp_path) -> None:
+    config = PTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=V, encoder_reparameterization_type="LSTM")
+    trainer = make_trainer(tmp_path, config=config)
+    PromptMonitor.watch(trainer)
+    trainer.train()
+    assert all(entry["prompt_grad_norm"] > 0 for entry in logged(trainer))
+
+
+def test_data_that_can_not_be_indexed_has_no_effect_logged(tmp_path) -> None:
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(make_data())
+
+    trainer = make_trainer(tmp_path, data=Stream())
+    PromptMonitor.watch(trainer)
+    trainer.train()
+    assert all(entry.keys() & VALUES == VALUES - {"prompt_effect"} for entry in logged(trainer))
+
+
+def test_a_batch_that_the_model_does_not_take_has_no_effect_logged(tmp_path) -> None:
+    class OwnLoss(Trainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            return model(input_ids=inputs["left"] + inputs["right"], labels=inputs["labels"]).loss
+
+    plain = make_trainer(tmp_path, remove_unused_columns=False)
+    data = [{"left": row["input_ids"], "right": 0 * row["input_ids"], "labels": row["labels"]} for row in make_data()]
+    trainer = OwnLoss(plain.model, plain.args, train_dataset=data)
+    PromptMonitor.watch(trainer)
+    trainer.train()
+    assert all(entry.keys() & VALUES == VALUES - {"prompt_effect"} for entry in logged(trainer))
+
+
+def frozen(trainer: Trainer) -> None:
+    for name, parameter in trainer.model.named_parameters():
+        if "ptuning_encoders" in name:
+            parameter.requires_grad_(False)
+
+
+def without_weights_on_the_prompt(trainer: Trainer) -> None:
+    """Attention that no longer reads values: the prompt goes nowhere, and no gradient comes back."""
+    for name, parameter in trainer.model.named_parameters():
+        if "value" in name:
+            parameter.data.zero_()
+
+
+def with_not_a_number(trainer: Trainer) -> None:
+    next(p for n, p in trainer.model.named_parameters() if "ptuning_encoders" in n).data.fill_(math.nan)
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments", "symptom"),
+    [
+        (None, {"learning_rate": 1e-6}, r"it has moved by 0\.0\d% of its norm only.*`learning_rate` is 1e-06"),
+        (frozen, {}, "no gradient has reached it"),
+        (without_weights_on_the_prompt, {}, "no gradient has reached it"),
+        (with_not_a_number, {}, "it has values that are not finite"),
+        (None, {"learning_rate": 30.0, "warmup_steps": 12}, r"the loss has not fallen \(.* at first, .* now\)"),
+    ],
+)
+def test_a_prompt_that_does_not_learn_is_told_once(change, arguments, symptom, tmp_path) -> None:
+    trainer = make_trainer(tmp_path, max_steps=24, lr_scheduler_type="constant_with_warmup", **arguments)
+    if change:
+        change(trainer)
+    PromptMonitor.watch(trainer, patience=12)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.train()
+    messages = [str(warning.message) for warning in caught if "the prompt does not seem" in str(warning.message)]
+    assert len(messages) == 1
+    with pytest.raises(UserWarning, match=f"After 12 steps .*{symptom}.*SAMPLE_VOCAB"):
+        warnings.warn(messages[0], stacklevel=1)
+
+
+def test_outputs_like_the_bases_are_told(tmp_path, monkeypatch) -> None:
+    trainer = make_trainer(tmp_path)
+    # A prompt that changes is read here as if every row attended to itself only.
+    monkeypatch.setattr("peft_ptuning_ext.monitor._effect", lambda *args: 1e-5)
+    PromptMonitor.watch(trainer, patience=4)
+    with pytest.warns(UserWarning, match=r"changes the model's outputs by 0\.00% only"):
+        trainer.train()
+
+
+def test_a_prompt_that_learns_is_left_in_peace(tmp_path) -> None:
+    trainer = make_trainer(tmp_path, max_steps=40, learning_rate=3e-2)
+    PromptMonitor.watch(trainer, patience=10)
+    trainer.train()
+    losses = [entry["loss"] for entry in logged(trainer)]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("arguments", [{"patience": 0}, {"rows": -1}])
+def test_values_out_of_range(arguments) -> None:
+    with pytest.raises(ValueError, match="`patience` must be at least 1 and `rows` at least 0"):
+        PromptMonitor(**arguments)
+
+
+def test_there_has_to_be_a_prompt(tmp_path) -> None:
+    trainer = make_trainer(tmp_path, config=LoraConfig(task_type="SEQ_CLS"))
+    PromptMonitor.watch(trainer)
+    with pytest.raises(ValueError, match="watches a P-tuning adapter, and PeftModel.* has no active one"):
+        trainer.train()
+
+
+@pytest.fixture(name="tokenizer", scope="module")
+def _tokenizer() -> PreTrainedTokenizerFast:
+    words = {f"w{i}": i for i in range(VOCABULARY - 3)}  # three embeddings more than words, as padded tables have
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")))
+
+
+@pytest.mark.parametrize(("family", "task"), [("BERT", "SEQ_CLS"), ("Gemma 2", "CAUSAL_LM"), ("T5", "SEQ_2_SEQ_LM")])
+def test_nearest_tokens_are_those_a_prompt_starts_at(family, task, tokenizer) -> None:
+    config = PTuningConfig(
+        task_type=task,
+        num_virtual_tokens=3,
+        prompt_tuning_init="TEXT",
+        prompt_tuning_init_text="w7",
+        tokenizer_name_or_path=tokenizer,
+    )
+    model = get_peft_model(make_model(family, task), config)
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.shape == (3, 32):
+            parameter.data *= torch.tensor([[1.0], [5.0], [-1.0]])  # the length is not what counts, the direction is
+    same, longer, opposite = model.nearest_tokens(tokenizer, k=VOCABULARY - 3)
+    for row in (same, longer):
+        assert row[0] == ("w7", pytest.approx(1.0))
+        assert [cosine for _, cosine in row] == sorted((cosine for _, cosine in row), reverse=True)
+    assert opposite[-1] == ("w7", pytest.approx(-1.0))
+    assert {token for token, _ in same} == set(tokenizer.get_vocab())
+    assert model.nearest_tokens(tokenizer) == [same[:5], longer[:5], opposite[:5]]
+
+
+def test_nearest_tokens_of_another_adapter(tokenizer) -> None:
+    model = get_peft_model(make_model("BERT", "SEQ_CLS"), PTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=2))
+    model.add_adapter("other", PTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3))
+    named = model.nearest_tokens(tokenizer, 2, adapter_name="other")
+    assert len(named) == 3
+    model.set_adapter("other")
+    assert model.nearest_tokens(tokenizer, 2) == named
+    with pytest.raises(ValueError, match="no adapter 'third'"):
+        model.nearest_tokens(tokenizer, adapter_name="third")
+    for k in (0, VOCABULARY - 2):
+        with pytest.raises(ValueError, match=f"`k` must be from 1 to {VOCABULARY - 3}, .* got {k}"):
+            model.nearest_tokens(tokenizer, k)
