@@ -6,14 +6,16 @@ export TOKENIZERS_PARALLELISM ?= false
 
 .PHONY: setup quickstart test quality style
 
-setup: $(VENV)/.ready
+setup: $(VENV)/.ready-test
 
-$(VENV)/.ready: pyproject.toml constraints.txt
+$(VENV)/.ready-recipes: EXTRAS = recipes
+$(VENV)/.ready-test: EXTRAS = recipes,test
+$(VENV)/.ready-recipes $(VENV)/.ready-test: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[recipes,test]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$(EXTRAS)]"
 	touch $@
 
-quickstart: setup
+quickstart: $(VENV)/.ready-recipes
 	$(BIN)/python recipes/text_classification.py
 	$(BIN)/python recipes/classify.py outputs/text_classification
 

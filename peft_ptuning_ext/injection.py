@@ -35,6 +35,7 @@ from .shared_prompt import (
     SharedPrompt,
     SharingAttention,
     checkpoints_reentrantly,
+    is_sharded,
     record_prompt,
     takes_shared_prompt,
 )
@@ -54,7 +55,7 @@ from .widening import (
 # Per-token inputs that get the prompt's columns, and those that are not read at the backbone's positions.
 WIDENED_INPUTS = frozenset({"input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids"})
 UNTOUCHED_INPUTS = frozenset({"encoder_hidden_states", "encoder_attention_mask", "labels", "shift_labels"})
-# Arguments that describe several texts packed in one row, of which only the first would get the prompt.
+# Arguments that describe several texts packed in one row. The attention that shares a prompt reads positions instead.
 PACKING_INPUTS = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"})
 # Arguments that speak of positions or lengths in ways that have no rule for a prompt.
 REFUSED_INPUTS = frozenset({"lengths", "entity_position_ids", "global_attention_mask", "cross_attention_mask"})
@@ -154,13 +155,15 @@ class _Widen:
         if not torch.is_grad_enabled() or batch_size > 1 or inputs.get("past_key_values") is not None:
             return True
         # One row: two passes that read the weights cost more than a longer one. But what can't be widened is not.
-        return not _is_plain_mask(inputs.get("attention_mask")) or _is_packed(inputs)
+        return not _is_plain_mask(inputs.get("attention_mask")) or _is_packed(inputs) or bool(_packing(inputs))
 
     def _share(self, stack: nn.Module, layer: PTuningLayer, adapter_name: str, inputs: dict, user_length: int) -> dict:
         """The inputs of a call whose rows share the prompt: only the positions are others."""
         length = layer.prompt_length(adapter_name)
         cache, mask, positions = (inputs.get(key) for key in ("past_key_values", "attention_mask", "position_ids"))
         past, mask = filled_length(cache), _plain_mask(mask)
+        if positions is None:
+            _check_packing(stack, inputs)
         if not isinstance(past, torch.Tensor):
             _check_mask_length(mask, past, user_length)
             self._check_length(stack, inputs, past + user_length, length)
@@ -245,6 +248,7 @@ class _Widen:
     def _check(self, stack: nn.Module, inputs: dict, batch_size: int, user_length: int) -> None:
         """Refuses what would otherwise be silently wrong."""
         name = type(stack).__name__
+        _check_packing(stack, inputs)
         if is_static(inputs.get("past_key_values")):
             raise ValueError(
                 f"{name} got a static cache, which has no room for the prompt: it is concatenated here, because "
@@ -365,6 +369,8 @@ def why_concatenated(stack: nn.Module, backbone: Backbone) -> Optional[str]:
     reason = backbone.not_shared or find_layer(stack, backbone).not_shared
     if reason is None and not takes_shared_prompt(stack):
         return f"its attention implementation was changed to {stack.config._attn_implementation!r}"
+    if reason is None and is_sharded(stack):
+        return "its weights are spread over processes (FSDP, ZeRO-3)"
     if reason is None and torch.is_grad_enabled() and checkpoints_reentrantly(stack):
         return "it checkpoints gradients, and not with `use_reentrant=False`"
     return reason
@@ -390,10 +396,20 @@ def _check_names(stack: nn.Module, inputs: dict) -> None:
     name = type(stack).__name__
     if refused := [key for key in REFUSED_INPUTS if inputs.get(key) is not None]:
         raise ValueError(f"{name} got `{refused[0]}`, for which P-tuning has no rule.")
-    if packing := [key for key in PACKING_INPUTS if inputs.get(key) is not None]:
+
+
+def _packing(inputs: dict) -> list[str]:
+    """The arguments of packing that are given."""
+    return [key for key in PACKING_INPUTS if inputs.get(key) is not None]
+
+
+def _check_packing(stack: nn.Module, inputs: dict) -> None:
+    """Refuses arguments of packing where the attention does not read positions."""
+    if packing := _packing(inputs):
         raise ValueError(
-            f"{name} got `{packing[0]}`: several texts packed into one row, of which only the first would see the "
-            "prompt. Pass one text per row, padded, with an attention mask."
+            f"{type(stack).__name__} got `{packing[0]}`: several texts packed into one row, of which only the first "
+            "would see the prompt. Pass one text per row, padded, with an attention mask, or, where the prompt is "
+            "shared, `position_ids` that begin anew with each text."
         )
 
 

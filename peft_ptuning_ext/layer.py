@@ -106,8 +106,8 @@ class PTuningLayer(nn.Module, BaseTunerLayer):
     def prompt(self, adapter_name: str) -> torch.Tensor:
         """Returns the adapter's prompt, shape (V, H), in its encoder's dtype."""
         encoder = self.ptuning_encoders[adapter_name]
-        sharded = {name: value for name, value in encoder.named_parameters() if isinstance(value, DTensor)}
-        return functional_call(encoder, {name: _gather(value) for name, value in sharded.items()}, ())
+        gathered = {name: _gather(value) for name, value in encoder.named_parameters() if isinstance(value, DTensor)}
+        return functional_call(encoder, gathered, ()) if gathered else encoder()
 
     def _start(self, config: PTuningConfig) -> torch.Tensor:
         """The vectors at which the prompt starts, shape (V, H), float32 on the CPU."""

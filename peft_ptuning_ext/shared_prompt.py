@@ -21,6 +21,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -255,6 +256,18 @@ def checkpoints_reentrantly(stack: PreTrainedModel) -> bool:
             if getattr(function, "keywords", {}).get("use_reentrant", True):
                 return True
     return False
+
+
+def is_sharded(stack: PreTrainedModel) -> bool:
+    """Whether processes gather the weights of its modules as they run (FSDP, DeepSpeed ZeRO-3).
+
+    All processes then have to run the same modules, and a module's backward pass has to end where its output's begins.
+    A pass for the prompt alone keeps to neither: only some processes may need it, and of its last layer only the keys
+    and values are used.
+    """
+    return any(isinstance(module, (FSDPModule, FullyShardedDataParallel)) for module in stack.modules()) or any(
+        hasattr(parameter, "ds_id") for parameter in stack.parameters()
+    )
 
 
 def takes_shared_prompt(stack: PreTrainedModel) -> bool:

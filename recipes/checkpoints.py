@@ -1,0 +1,41 @@
+# SPDX-FileCopyrightText: 2026 The peft_ptuning_ext authors
+# SPDX-License-Identifier: Apache-2.0
+"""Finds the checkpoint that an interrupted run can go on from."""
+
+import json
+from pathlib import Path
+from zipfile import is_zipfile
+
+from safetensors import SafetensorError, safe_open
+
+
+def last_whole_checkpoint(output_dir: str | Path, processes: int = 1) -> str | None:
+    """Returns the last checkpoint that was written to its end; `None` if there is none.
+
+    Trainer writes a checkpoint file by file into its final folder, and `resume_from_checkpoint=True` takes the last
+    folder, also one in which a killed process has left half of the files.
+
+    Args:
+        output_dir (`str` or `Path`): The Trainer's.
+        processes (`int`, defaults to 1): How many have trained: `TrainingArguments.world_size`.
+    """
+    folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
+    folders.sort(key=lambda path: int(path.name.split("-")[1]), reverse=True)
+    return next((str(folder) for folder in folders if _is_whole(folder, processes)), None)
+
+
+def _is_whole(folder: Path, processes: int) -> bool:
+    """Whether the file that the main process writes last is whole, and so are those that it can't speak for.
+
+    These are the other processes' files, and all of them if it was not the process but the machine that went down.
+    """
+    rng_states = ["rng_state.pth"] if processes == 1 else [f"rng_state_{i}.pth" for i in range(processes)]
+    try:
+        json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        for path in folder.rglob("*.safetensors"):
+            with safe_open(path, framework="pt"):
+                pass
+    except (OSError, ValueError, SafetensorError):
+        return False
+    pickles = [folder / name for name in rng_states] + [path for path in folder.rglob("*.pt*") if path.is_file()]
+    return all(is_zipfile(path) for path in pickles)  # as torch writes them; the directory is at a zip file's end

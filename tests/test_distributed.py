@@ -1,0 +1,113 @@
+# SPDX-FileCopyrightText: 2026 The peft_ptuning_ext authors
+# SPDX-License-Identifier: Apache-2.0
+"""Two processes train what one does, with the accelerate configs of the recipes; gloo on the loopback interface."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+from peft import PeftModel
+from train_distributed import CASES, DEADLINE, TRAINED, collate, make_adapted, make_base, make_rows
+
+
+HERE = Path(__file__).resolve().parent
+CONFIGS = HERE.parent / "recipes" / "accelerate"
+LAUNCHED = ["ddp.yaml", "fsdp2.yaml"]
+LAYERS = {"Llama": "LlamaDecoderLayer", "BERT": "BertLayer"}
+
+
+def launch(config: str, *arguments: str) -> None:
+    """`accelerate launch`, which ends with everything that it has started after a deadline at the latest."""
+    loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / config), *arguments]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "GLOO_SOCKET_IFNAME": loopback, "OMP_NUM_THREADS": "1"},
+    )
+    try:
+        output, _ = process.communicate(timeout=2 * DEADLINE)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)  # of which the launcher tells its processes, groups of their own
+            process.wait(DEADLINE)
+    assert process.returncode == 0, output
+
+
+@pytest.mark.parametrize("family", CASES)
+@pytest.mark.parametrize("config", LAUNCHED)
+def test_two_processes_train_as_one(config, family, tmp_path) -> None:
+    is_sharded = config == "fsdp2.yaml"
+    options = ["--fsdp_transformer_layer_cls_to_wrap", LAYERS[family]] if is_sharded else []
+    launch(config, *options, str(HERE / "train_distributed.py"), family, str(tmp_path))
+    for name, train in TRAINED.items():
+        alone = train(family, tmp_path / "alone")
+        assert (alone["prompt"] - make_adapted(family).prompt_embeddings()).abs().max() > 1e-3
+        for process in range(2):
+            result = torch.load(tmp_path / f"{name} {process}.pt")
+            assert result.keys() == alone.keys()
+            assert result["is_sharded"] == is_sharded
+            torch.testing.assert_close(result["prompt"], alone["prompt"], rtol=0, atol=1e-6)
+            torch.testing.assert_close(result["logits"], alone["logits"], rtol=0, atol=1e-5)
+            for key in {"gradients", "losses"} & alone.keys():
+                torch.testing.assert_close(result[key], alone[key], rtol=1e-5, atol=1e-6)
+            if "route" in result:
+                assert (result["route"] == "shared") == (family == "Llama" and not is_sharded)
+
+        # The folder may be there, but only the main process writes.
+        assert not [path for path in tmp_path.glob(f"{name} 1/**/*") if path.is_file()]
+        loaded = PeftModel.from_pretrained(make_base(family), tmp_path / f"{name} 0")
+        with torch.no_grad():
+            logits = loaded(input_ids=collate(make_rows(family, len(result["logits"]), seed=99))["input_ids"]).logits
+        torch.testing.assert_close(logits, result["logits"], rtol=0, atol=1e-5)
+
+
+def test_weights_of_zero_3_are_not_read_twice() -> None:
+    model = make_adapted("Llama").eval()
+    batch = collate(make_rows("Llama", 3, seed=0))
+    expected = model(**batch).loss
+    assert model.prompt_route == "shared"
+    # What DeepSpeed marks the parameters with that it has spread over processes.
+    model.get_submodule("base_model.model.model.layers.1.mlp.up_proj").weight.ds_id = 0
+    assert model.prompt_route.startswith("concatenated: its weights are spread over processes")
+    torch.testing.assert_close(model(**batch).loss, expected, rtol=0, atol=1e-5)
+
+
+KINDS = {
+    "ddp.yaml": "MULTI_GPU",
+    "fsdp2.yaml": "FSDP",
+    "deepspeed_zero2.yaml": "DEEPSPEED",
+    "deepspeed_zero3.yaml": "DEEPSPEED",
+    "tpu.yaml": "XLA",
+}
+
+
+def test_every_config_is_known() -> None:
+    assert {path.name for path in CONFIGS.iterdir()} == set(KINDS)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_configs_load_and_say_how_they_are_launched(name) -> None:
+    config = load_config_from_file(str(CONFIGS / name))
+    assert config.distributed_type == KINDS[name]
+    options = vars(launch_command_parser().parse_args(["a_script.py"]))
+    for key in {**config.fsdp_config, **config.deepspeed_config}:
+        assert key in options  # accelerate itself passes over keys that it does not know
+
+    text = (CONFIGS / name).read_text(encoding="utf-8")
+    header = text[: text.index("compute_environment")]
+    command = f"#     accelerate launch --config_file recipes/accelerate/{name} recipes/text_classification.py"
+    assert command in header.splitlines()
+    assert ("Not run by the tests" in header) == (name not in LAUNCHED)

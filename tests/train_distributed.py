@@ -1,0 +1,153 @@
+# SPDX-FileCopyrightText: 2026 The peft_ptuning_ext authors
+# SPDX-License-Identifier: Apache-2.0
+"""Trains a tiny model on a fixed sequence of batches, alone or as one of several processes.
+
+test_distributed.py launches this file with `accelerate launch`, and calls the same functions in one process.
+"""
+
+from __future__ import annotations
+
+import datetime
+import faulthandler
+import gc
+import os
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType
+from families import make_model
+from peft import PeftModel, get_peft_model
+from torch.distributed.tensor import DTensor
+from transformers import Trainer, TrainingArguments
+
+from peft_ptuning_ext import PTuningConfig
+
+
+STEPS = 4
+BATCH = 8  # of all processes together
+DEADLINE = 150  # seconds
+
+CASES = {
+    "Llama": ("CAUSAL_LM", {}, "NONE"),
+    "BERT": ("SEQ_CLS", {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}, "LSTM"),
+}
+
+
+def make_base(family: str) -> torch.nn.Module:
+    task, overrides, _ = CASES[family]
+    return make_model(family, task, **overrides)
+
+
+def make_adapted(family: str) -> PeftModel:
+    task, _, encoder = CASES[family]
+    torch.manual_seed(0)
+    config = PTuningConfig(num_virtual_tokens=5, task_type=task, encoder_reparameterization_type=encoder)
+    return get_peft_model(make_base(family), config)
+
+
+def make_rows(family: str, size: int, seed: int) -> list[dict]:
+    """Texts of 6 tokens; a causal LM learns them, a classifier whether the first id is odd."""
+    generator = torch.Generator().manual_seed(seed)
+    texts = torch.randint(5, 99, (size, 6), generator=generator)
+    labels = texts if family == "Llama" else texts[:, 0] % 2
+    return [{"input_ids": ids, "labels": label} for ids, label in zip(texts, labels)]
+
+
+def collate(rows: list[dict]) -> dict:
+    return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+
+
+def gather(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy, put together from the processes' parts."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def is_sharded(model: torch.nn.Module) -> bool:
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def train_by_hand(family: str, folder: Path) -> dict:
+    """Trains with Accelerator alone, each process on its part of every batch, and saves the adapter."""
+    accelerator = Accelerator(cpu=True)
+    adapted = make_adapted(family)
+    optimizer = torch.optim.SGD((p for p in adapted.parameters() if p.requires_grad), lr=0.1)
+    model, optimizer = accelerator.prepare(adapted.train(), optimizer)
+    route, gradients = adapted.prompt_route, []
+    for step in range(STEPS):
+        batch = collate(make_rows(family, BATCH, seed=step))
+        part = {k: v.chunk(accelerator.num_processes)[accelerator.process_index] for k, v in batch.items()}
+        accelerator.backward(model(**part).loss)
+        gradients.append({n: gather(p.grad) for n, p in adapted.named_parameters() if p.requires_grad})
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+    with torch.no_grad():
+        logits = model(input_ids=collate(make_rows(family, 3, seed=99))["input_ids"]).logits
+    prompt = gather(adapted.prompt_embeddings())
+    state = accelerator.get_state_dict(model)
+    if accelerator.is_main_process:
+        adapted.save_pretrained(folder, state_dict=state)
+    return {
+        "prompt": prompt,
+        "logits": logits,
+        "gradients": gradients,
+        "route": route,
+        "is_sharded": is_sharded(adapted),
+    }
+
+
+def train_with_trainer(family: str, folder: Path) -> dict:
+    """Trains with Trainer, which shuffles the rows and deals every batch out, and saves the adapter."""
+    adapted = make_adapted(family)
+    arguments = TrainingArguments(
+        folder,
+        per_device_train_batch_size=BATCH // PartialState().num_processes,
+        per_device_eval_batch_size=4,
+        max_steps=STEPS,
+        optim="sgd",
+        learning_rate=0.1,
+        logging_steps=1,
+        save_strategy="no",
+        label_names=["labels"],
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+        ddp_find_unused_parameters=False,
+        # Trainer multiplies a loss by the number of processes where it takes it for one that it has told the number of
+        # all processes' tokens, which a classifier's is not.
+        average_tokens_across_devices=family == "Llama",
+        accelerator_config={"use_configured_state": PartialState().num_processes > 1},
+    )
+    rows = make_rows(family, 2 * BATCH, seed=0)
+    trainer = Trainer(model=adapted, args=arguments, train_dataset=rows, data_collator=collate)
+    trainer.train()
+    losses = torch.tensor([log["loss"] for log in trainer.state.log_history if "loss" in log])
+    logits = torch.from_numpy(trainer.predict(make_rows(family, 5, seed=99)).predictions)
+    prompt = gather(adapted.prompt_embeddings())
+    trainer.save_model()
+    return {"prompt": prompt, "logits": logits, "losses": losses, "is_sharded": is_sharded(adapted)}
+
+
+TRAINED = {"by hand": train_by_hand, "Trainer": train_with_trainer}
+
+
+def main(family: str, folder: Path) -> None:
+    """Writes what comes of each kind of training into `folder`, in files and folders of this process's own."""
+    faulthandler.dump_traceback_later(DEADLINE, exit=True)
+    state = PartialState(cpu=True, timeout=datetime.timedelta(seconds=DEADLINE))
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        state.distributed_type = DistributedType.MULTI_GPU  # accelerate does not shard on CPUs, where torch can
+    for name, train in TRAINED.items():
+        result = train(family, folder / f"{name} {state.process_index}")
+        torch.save(result, folder / f"{name} {state.process_index}.pt")
+    # DDP's reducer frees a process group while it holds the interpreter's lock, for which the group's threads may be
+    # waiting: nothing of DDP may outlive the reference that is dropped here.
+    gc.collect()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
