@@ -265,6 +265,8 @@ def is_sharded(stack: PreTrainedModel) -> bool:
     A pass for the prompt alone keeps to neither: only some processes may need it, and of its last layer only the keys
     and values are used.
     """
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return False  # looking through the modules takes as long as a small layer does
     return any(isinstance(module, (FSDPModule, FullyShardedDataParallel)) for module in stack.modules()) or any(
         hasattr(parameter, "ds_id") for parameter in stack.parameters()
     )

@@ -67,9 +67,6 @@ def _make_config(args: MethodArguments, task_type: str, tokenizer: PreTrainedTok
 
 def _head_only(model: PreTrainedModel) -> PreTrainedModel:
     model.base_model.requires_grad_(False)
-    head = model.get_output_embeddings()  # of a language model
-    if head is not None and head.weight is not model.get_input_embeddings().weight:
-        head.requires_grad_(True)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(f"`--method head`: {type(model).__name__} has no head apart from its frozen embeddings.")
     return model

@@ -1,0 +1,245 @@
+# SPDX-FileCopyrightText: 2026 The peft_ptuning_ext authors
+# SPDX-License-Identifier: Apache-2.0
+"""Trains a prompt that makes a frozen causal language model answer its inputs as the data do (instruction tuning).
+
+With no arguments: questions about the future written from facts, by a toy decoder that the first run pre-trains
+itself (small_models.py), so nothing is fetched from the Hub. It takes a few minutes on two CPU cores:
+
+    pip install -e ".[recipes]"
+    python recipes/causal_lm.py
+
+Other data, models and methods, from options or a file of them, and more than one process:
+
+    python recipes/causal_lm.py --train_file train.jsonl --validation_file test.jsonl --response_column answer
+    python recipes/causal_lm.py --model_name_or_path Qwen/Qwen3-0.6B --method lora --learning_rate 1e-3
+    python recipes/causal_lm.py recipes/configs/causal_lm.yaml --seed 1
+    accelerate launch --config_file recipes/accelerate/ddp.yaml recipes/causal_lm.py
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import evaluate
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from arguments import DataArguments, MethodArguments, ModelArguments, parse_arguments
+from datasets import Dataset, DatasetDict
+from methods import make_callbacks, make_trainable, watch_prompt
+from report import make_command, push, save_run, write_card, write_predictions
+from small_models import CAUSAL_LM, find_small_model
+from sources import (
+    DATA,
+    METRICS,
+    check_length,
+    drop_long_rows,
+    find_model,
+    group_targets,
+    load_data,
+    take_text_columns,
+)
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+
+TRAINING_DEFAULTS = {
+    "output_dir": "outputs/causal_lm",
+    "num_train_epochs": 3,
+    "learning_rate": 3e-2,
+    "warmup_steps": 0.1,  # below 1: a share of all steps
+    "per_device_train_batch_size": 16,
+    "per_device_eval_batch_size": 32,
+    "metric_for_best_model": "loss",
+    "label_names": ["labels"],  # Trainer can't read them off the PeftModel's forward and would warn
+}
+STALLS = {split: DATA / "stalls" / f"{split}.jsonl" for split in ("train", "validation", "test")}
+
+
+@dataclass
+class TextArguments:
+    """Which columns of the data, what the model reads, and how much it writes."""
+
+    prompt_column: str = field(default="input", metadata={"help": "Column of what the model is given."})
+    response_column: str = field(default="target", metadata={"help": "Column of what it should answer."})
+    template: str | None = field(
+        default=None,
+        metadata={
+            "help": "What the model reads, with {input} for the text. Default: the tokenizer's chat template if there "
+            "is one, else the text and a line break."
+        },
+    )
+    max_length: int = field(
+        default=128, metadata={"help": "Rows with more tokens in text and answer are left out, never cut."}
+    )
+    max_new_tokens: int = field(default=48, metadata={"help": "Length of the generated answers, at most."})
+    dtype: Literal["float32", "bfloat16", "float16"] = field(
+        default="float32", metadata={"help": "Number format of the frozen weights."}
+    )
+
+
+def make_ids(
+    tokenizer: PreTrainedTokenizerBase, template: str | None, text: str, response: str = ""
+) -> tuple[list[int], list[int]]:
+    """Returns the tokens that the model is given, and those it should write, the end among them."""
+    if template is None and tokenizer.chat_template:
+        chat = [{"role": "user", "content": text}]
+        given = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        chat.append({"role": "assistant", "content": response})
+        whole = tokenizer.apply_chat_template(chat, tokenize=False)
+        if not whole.startswith(given):
+            raise ValueError("The chat template writes a question differently once it is answered: pass `--template`.")
+        answer = whole.removeprefix(given)
+        given_ids = tokenizer(given, add_special_tokens=False).input_ids
+    else:
+        answer = response
+        given_ids = tokenizer((template or "{input}\n").replace("{input}", text)).input_ids
+        if given_ids[-1:] == [tokenizer.eos_token_id]:
+            given_ids = given_ids[:-1]
+    answer_ids = tokenizer(answer, add_special_tokens=False).input_ids
+    return given_ids, answer_ids if tokenizer.eos_token_id in answer_ids else [*answer_ids, tokenizer.eos_token_id]
+
+
+def tokenize(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, args: TextArguments) -> DatasetDict:
+    """Adds "input_ids", text and answer in a row, and "labels", which are -100 for the text."""
+
+    def add_ids(row: dict) -> dict:
+        given, answer = make_ids(tokenizer, args.template, row["input"], row["target"])
+        return {"input_ids": given + answer, "labels": [-100] * len(given) + answer}
+
+    tokens = data.map(add_ids, desc="Tokenizing")
+    return drop_long_rows(tokens, "input_ids", "--max_length", args.max_length)
+
+
+def load_model(name: str, args: TextArguments, method: MethodArguments):
+    """Returns the frozen model with what the method trains, and its tokenizer."""
+    config = AutoConfig.from_pretrained(name)
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    longest, options = args.max_length + args.max_new_tokens, "`--max_length` and `--max_new_tokens`, together"
+    check_length(method.num_virtual_tokens, longest, config, tokenizer, options)
+    model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=getattr(torch, args.dtype))
+    return make_trainable(model, method, "CAUSAL_LM", tokenizer), tokenizer
+
+
+def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Returns the loss of every token but the first, 0 where there is no label: (B, S-1)."""
+    logits = logits[0] if isinstance(logits, tuple) else logits
+    logits = logits[:, -labels.shape[1] : -1].float()  # stock P-tuning returns those of the prompt, too
+    return torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels[:, 1:], reduction="none")
+
+
+def compute_perplexity(output: EvalPrediction) -> dict[str, float]:
+    """The perplexity of the answers: each token counts the same."""
+    losses = output.predictions[output.label_ids[:, 1:] != -100]
+    return {"perplexity": float(np.exp(losses.astype(np.float64).mean()))}
+
+
+@torch.no_grad()
+def generate_texts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    batch_size: int,
+    max_new_tokens: int,
+) -> list[str]:
+    """Returns the greedy answer to each row of token ids."""
+    model.eval()
+    texts = [""] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # little padding, the largest batch first
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        batch = {"input_ids": [prompts[i] for i in rows]}
+        batch = tokenizer.pad(batch, padding_side="left", return_tensors="pt").to(model.device)
+        ids = model.generate(
+            **batch,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        answers = tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        for i, answer in zip(rows, answers):
+            texts[i] = answer.strip()
+    return texts
+
+
+def generate_shares(trainer: Trainer, prompts: list[list[int]], max_new_tokens: int) -> list[str]:
+    """Has every process generate its share of the answers; all of them get all."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    numbered = list(enumerate(prompts))
+    with trainer.accelerator.split_between_processes(numbered, apply_padding=True) as share:
+        batch_size = trainer.args.per_device_eval_batch_size
+        own = generate_texts(model, trainer.processing_class, [ids for _, ids in share], batch_size, max_new_tokens)
+        texts = dict(gather_object([(number, text) for (number, _), text in zip(share, own)]))  # padding: twice
+    return [texts[number] for number in range(len(prompts))]
+
+
+def main(argv: list[str] | None = None) -> None:
+    dataclasses = [ModelArguments, DataArguments, TextArguments, MethodArguments, TrainingArguments]
+    model_args, data_args, text_args, method, args = parse_arguments(dataclasses, TRAINING_DEFAULTS, argv)
+    if text_args.template is not None and "{input}" not in text_args.template:
+        raise ValueError(f"`--template` should have {{input}} where the text goes, got {text_args.template!r}.")
+    data = load_data(data_args, STALLS)
+    data = take_text_columns(data, {text_args.prompt_column: "input", text_args.response_column: "target"})
+    name = find_model(model_args.model_name_or_path or find_small_model(CAUSAL_LM))
+    set_seed(args.seed)  # before the prompt is made
+    model, tokenizer = load_model(name, text_args, method)
+    tokens = tokenize(data, tokenizer, text_args)
+
+    trainer = Trainer(
+        model=model,
+        args=args,
+        train_dataset=tokens["train"],
+        eval_dataset=tokens["validation"],
+        processing_class=tokenizer,
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        preprocess_logits_for_metrics=token_losses,
+        compute_metrics=compute_perplexity,
+        callbacks=make_callbacks(method),
+    )
+    watch_prompt(trainer, method)
+    measured: Dataset = tokens["test" if "test" in tokens else "validation"]
+    references = group_targets(measured)
+    prompts = [make_ids(tokenizer, text_args.template, text)[0] for text in references]
+    metric = evaluate.load(str(METRICS / "bleu_rouge"), keep_in_memory=True)
+
+    def measure() -> tuple[dict, list[str]]:
+        texts = generate_shares(trainer, prompts, text_args.max_new_tokens)
+        scores = metric.compute(predictions=texts, references=list(references.values()))
+        losses = trainer.predict(measured, metric_key_prefix="eval").metrics
+        return losses | {f"eval_{name}": value for name, value in scores.items()}, texts
+
+    before, _ = measure()
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    after, texts = measure()
+
+    results = save_run(trainer, before, after)
+    if trainer.is_world_process_zero():
+        folder = Path(args.output_dir)
+        rows = zip(references.items(), texts, strict=True)
+        write_predictions(
+            folder,
+            ({"input": text, "prediction": answer, "references": targets} for (text, targets), answer in rows),
+        )
+        write_card(trainer, results, "CAUSAL_LM", data_args, method, make_command(__file__, argv))
+        if args.push_to_hub:
+            push(trainer)
+        print(f"BLEU before training {before['eval_bleu']:.1f}, after {after['eval_bleu']:.1f}")
+        print(f"written to {folder}")
+
+
+if __name__ == "__main__":
+    main()

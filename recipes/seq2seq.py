@@ -1,0 +1,180 @@
+# SPDX-FileCopyrightText: 2026 The peft_ptuning_ext authors
+# SPDX-License-Identifier: Apache-2.0
+"""Trains a prompt that makes a frozen encoder-decoder turn its inputs into texts as the data do.
+
+With no arguments: questions about the future written from facts, by a toy T5 that the first run pre-trains itself
+(small_models.py), so nothing is fetched from the Hub. It takes a few minutes on two CPU cores:
+
+    pip install -e ".[recipes]"
+    python recipes/seq2seq.py
+
+Other data, models and methods, from options or a file of them, and more than one process:
+
+    python recipes/seq2seq.py --train_file train.csv --validation_file test.csv --source_column article
+    python recipes/seq2seq.py --model_name_or_path google-t5/t5-small --method lora --learning_rate 1e-3
+    python recipes/seq2seq.py recipes/configs/seq2seq.yaml --seed 1
+    accelerate launch --config_file recipes/accelerate/ddp.yaml recipes/seq2seq.py
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import evaluate
+import numpy as np
+import torch
+from arguments import DataArguments, MethodArguments, ModelArguments, parse_arguments
+from datasets import Dataset, DatasetDict, concatenate_datasets
+from methods import make_callbacks, make_trainable, watch_prompt
+from report import make_command, push, save_run, write_card, write_predictions
+from small_models import SEQ2SEQ, find_small_model
+from sources import (
+    DATA,
+    METRICS,
+    check_length,
+    drop_long_rows,
+    find_model,
+    group_targets,
+    load_data,
+    take_text_columns,
+)
+from transformers import (
+    AutoConfig,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    EvalPrediction,
+    PreTrainedTokenizerBase,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    set_seed,
+)
+
+
+TRAINING_DEFAULTS = {
+    "output_dir": "outputs/seq2seq",
+    "num_train_epochs": 3,
+    "learning_rate": 3e-2,
+    "warmup_steps": 0.1,  # below 1: a share of all steps
+    "per_device_train_batch_size": 16,
+    "per_device_eval_batch_size": 32,
+    "predict_with_generate": True,
+    "metric_for_best_model": "bleu",
+    "label_names": ["labels"],  # Trainer can't read them off the PeftModel's forward and would warn
+}
+STALLS = {split: DATA / "stalls" / f"{split}.jsonl" for split in ("train", "validation", "test")}
+
+
+@dataclass
+class TextArguments:
+    """Which columns of the data, what the model reads, and how much it writes."""
+
+    source_column: str = field(default="input", metadata={"help": "Column of what the model is given."})
+    target_column: str = field(default="target", metadata={"help": "Column of what it should write."})
+    source_prefix: str = field(default="", metadata={"help": "Put in front of every text that the model is given."})
+    max_source_length: int = field(
+        default=96, metadata={"help": "Rows with more tokens in the source are left out, never cut."}
+    )
+    max_target_length: int = field(
+        default=48, metadata={"help": "Rows with more tokens in the target are left out; generated texts stop there."}
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = field(
+        default="float32", metadata={"help": "Number format of the frozen weights."}
+    )
+
+
+def tokenize(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, args: TextArguments) -> DatasetDict:
+    """Adds "input_ids" and "labels" to the rows."""
+
+    def add_ids(rows: dict) -> dict:
+        sources = tokenizer([args.source_prefix + text for text in rows["input"]])
+        return {**sources, "labels": tokenizer(text_target=rows["target"]).input_ids}
+
+    tokens = data.map(add_ids, batched=True, desc="Tokenizing")
+    tokens = drop_long_rows(tokens, "input_ids", "--max_source_length", args.max_source_length)
+    return drop_long_rows(tokens, "labels", "--max_target_length", args.max_target_length)
+
+
+def one_row_per_input(rows: Dataset) -> Dataset:
+    """Returns the first row of each input: its text is generated once, however many references it has."""
+    first = {text: i for i, text in reversed(list(enumerate(rows["input"])))}
+    return rows.select(sorted(first.values()))
+
+
+def load_model(name: str, args: TextArguments, method: MethodArguments):
+    """Returns the frozen model with what the method trains, and its tokenizer."""
+    config = AutoConfig.from_pretrained(name)
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    check_length(method.num_virtual_tokens, args.max_source_length, config, tokenizer, "`--max_source_length`")
+    check_length(0, args.max_target_length, config, tokenizer, "`--max_target_length`")  # the prompt is in the encoder
+    model = AutoModelForSeq2SeqLM.from_pretrained(name, config=config, dtype=getattr(torch, args.dtype))
+    return make_trainable(model, method, "SEQ_2_SEQ_LM", tokenizer), tokenizer
+
+
+def main(argv: list[str] | None = None) -> None:
+    dataclasses = [ModelArguments, DataArguments, TextArguments, MethodArguments, Seq2SeqTrainingArguments]
+    model_args, data_args, text_args, method, args = parse_arguments(dataclasses, TRAINING_DEFAULTS, argv)
+    args.include_for_metrics = ["inputs"]  # the references are found by them
+    if args.generation_max_length is None:
+        args.generation_max_length = text_args.max_target_length + 1  # the token that the decoder starts from
+    data = load_data(data_args, STALLS)
+    data = take_text_columns(data, {text_args.source_column: "input", text_args.target_column: "target"})
+    name = find_model(model_args.model_name_or_path or find_small_model(SEQ2SEQ))
+    set_seed(args.seed)  # before the prompt is made
+    model, tokenizer = load_model(name, text_args, method)
+    tokens = tokenize(data, tokenizer, text_args)
+
+    held_out = {split: one_row_per_input(rows) for split, rows in tokens.items() if split != "train"}
+    references = group_targets(concatenate_datasets([tokens[split] for split in held_out]))
+
+    def key(ids: list[int]) -> tuple[int, ...]:
+        return tuple(token for token in ids if token not in (-100, tokenizer.pad_token_id))
+
+    text_of = {key(row["input_ids"]): row["input"] for rows in held_out.values() for row in rows}
+    metric = evaluate.load(str(METRICS / "bleu_rouge"), keep_in_memory=True)
+    generated = {}  # input: text, of the last evaluation
+
+    def compute_metrics(output: EvalPrediction) -> dict[str, float]:
+        generated.clear()
+        ids = np.where(output.predictions < 0, tokenizer.pad_token_id, output.predictions)
+        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        for source, text in zip(output.inputs.tolist(), texts, strict=True):  # several processes: some come twice
+            generated[text_of[key(source)]] = text.strip()
+        targets = [references[source] for source in generated]
+        return metric.compute(predictions=list(generated.values()), references=targets)
+
+    trainer = Seq2SeqTrainer(
+        model=model,
+        args=args,
+        train_dataset=tokens["train"],
+        eval_dataset=held_out["validation"],
+        processing_class=tokenizer,
+        data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),
+        compute_metrics=compute_metrics,
+        callbacks=make_callbacks(method),
+    )
+    watch_prompt(trainer, method)
+    measured = "test" if "test" in held_out else "validation"
+    before = trainer.predict(held_out[measured], metric_key_prefix="eval").metrics
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    after = trainer.predict(held_out[measured], metric_key_prefix="eval").metrics
+
+    results = save_run(trainer, before, after)
+    if trainer.is_world_process_zero():
+        folder = Path(args.output_dir)
+        write_predictions(
+            folder,
+            (
+                {"input": text, "prediction": generated[text], "references": references[text]}
+                for text in held_out[measured]["input"]
+            ),
+        )
+        write_card(trainer, results, "SEQ_2_SEQ_LM", data_args, method, make_command(__file__, argv))
+        if args.push_to_hub:
+            push(trainer)
+        print(f"BLEU before training {before['eval_bleu']:.1f}, after {after['eval_bleu']:.1f}")
+        print(f"written to {folder}")
+
+
+if __name__ == "__main__":
+    main()
