@@ -1,0 +1,81 @@
+# SPDX-FileCopyrightText: 2026 The peft_ptuning_ext authors
+# SPDX-License-Identifier: Apache-2.0
+"""A tiny backbone on disk for the recipes, and how a test runs one of them."""
+
+import json
+import re
+import string
+from collections import Counter
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from transformers import BertConfig, BertModel, BertTokenizer
+
+
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+RUN = {
+    "max_steps": 40,
+    "eval_strategy": "steps",
+    "eval_steps": 20,
+    "save_strategy": "steps",
+    "save_steps": 20,
+    "num_virtual_tokens": 4,
+    "learning_rate": 0.1,
+    "per_device_train_batch_size": 8,
+    "logging_steps": 1,
+    "use_cpu": True,
+}
+
+
+def read_rows(path: Path | str) -> list[dict]:
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def write_rows(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def save_backbone(folder: Path, texts: list[str]) -> str:
+    """A BERT of two layers whose tokenizer knows the commonest words of the texts, and letters for all others."""
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *string.ascii_lowercase, *string.digits]
+    pieces += [*string.punctuation, *("##" + letter for letter in string.ascii_lowercase + string.digits)]
+    words = Counter(word for text in texts for word in re.findall("[a-z]{2,}", text.lower()))
+    pieces += [word for word, _ in words.most_common(100)]
+    tokenizer = BertTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, model_max_length=64)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(pieces),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        initializer_range=0.2,  # so that different texts come out visibly different
+    )
+    BertModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def as_words(arguments: dict) -> list[str]:
+    return [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
+
+
+def train(recipe: ModuleType, arguments: dict, output: Path) -> SimpleNamespace:
+    """Runs a recipe; returns its folder, its model, copies of the parameters before, metrics and predictions."""
+    seen = {}
+    load_model = recipe.load_model
+
+    def load_and_remember(*args):
+        model, tokenizer = load_model(*args)
+        seen.update(model=model, before={name: p.detach().clone() for name, p in model.named_parameters()})
+        return model, tokenizer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recipe, "load_model", load_and_remember)
+        recipe.main(as_words({**arguments, "output_dir": output}))
+    metrics = json.loads((output / "metrics.json").read_text())
+    return SimpleNamespace(output=output, metrics=metrics, rows=read_rows(output / "predictions.jsonl"), **seen)
