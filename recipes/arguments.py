@@ -78,7 +78,8 @@ def parse_arguments(dataclasses: list, defaults: dict, argv: list[str] | None) -
     """
     argv = sys.argv[1:] if argv is None else argv
     parser = HfArgumentParser(dataclasses)
-    parser.set_defaults(**SHARED_DEFAULTS, **defaults)
+    known = {action.dest for action in parser._actions}
+    parser.set_defaults(**{name: value for name, value in SHARED_DEFAULTS.items() if name in known}, **defaults)
     if argv and argv[0].endswith((".yaml", ".yml", ".json")):
         file, argv = Path(argv[0]), argv[1:]
         if not file.is_file():
@@ -87,7 +88,7 @@ def parse_arguments(dataclasses: list, defaults: dict, argv: list[str] | None) -
         options = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
         if not isinstance(options, dict):
             raise ValueError(f"{file} should hold options by name, such as `learning_rate: 0.03`.")
-        if unknown := sorted(options.keys() - {action.dest for action in parser._actions}):
+        if unknown := sorted(options.keys() - known):
             raise ValueError(f"{file} has options that this recipe does not know: {', '.join(unknown)}.")
         argv = [word for name, value in options.items() for word in _as_words(name, value)] + argv
     return parser.parse_args_into_dataclasses(args=argv)

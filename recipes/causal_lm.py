@@ -25,9 +25,10 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 from arguments import DataArguments, MethodArguments, ModelArguments, parse_arguments
+from checkpoints import find_checkpoint
 from datasets import Dataset, DatasetDict
 from methods import make_callbacks, make_trainable, watch_prompt
-from report import make_command, push, save_run, write_card, write_predictions
+from report import can_measure_first, describe, make_command, push, save_run, write_card, write_predictions
 from small_models import CAUSAL_LM, find_small_model
 from sources import (
     DATA,
@@ -195,6 +196,7 @@ def main(argv: list[str] | None = None) -> None:
     data = load_data(data_args, STALLS)
     data = take_text_columns(data, {text_args.prompt_column: "input", text_args.response_column: "target"})
     name = find_model(model_args.model_name_or_path or find_small_model(CAUSAL_LM))
+    checkpoint = find_checkpoint(args)
     set_seed(args.seed)  # before the prompt is made
     model, tokenizer = load_model(name, text_args, method)
     tokens = tokenize(data, tokenizer, text_args)
@@ -222,8 +224,8 @@ def main(argv: list[str] | None = None) -> None:
         losses = trainer.predict(measured, metric_key_prefix="eval").metrics
         return losses | {f"eval_{name}": value for name, value in scores.items()}, texts
 
-    before, _ = measure()
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    before = measure()[0] if can_measure_first(trainer) else {}
+    trainer.train(resume_from_checkpoint=checkpoint)
     after, texts = measure()
 
     results = save_run(trainer, before, after)
@@ -234,10 +236,11 @@ def main(argv: list[str] | None = None) -> None:
             folder,
             ({"input": text, "prediction": answer, "references": targets} for (text, targets), answer in rows),
         )
-        write_card(trainer, results, "CAUSAL_LM", data_args, method, make_command(__file__, argv))
+        command = make_command(__file__, argv)
+        write_card(folder, model, results, "CAUSAL_LM", data_args, method, command, trainer.hub_model_id)
         if args.push_to_hub:
-            push(trainer)
-        print(f"BLEU before training {before['eval_bleu']:.1f}, after {after['eval_bleu']:.1f}")
+            push(folder, trainer.hub_model_id, args.hub_token, args.hub_revision)
+        print(describe(results, "bleu", is_share=False))
         print(f"written to {folder}")
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from zipfile import is_zipfile
 
 from safetensors import SafetensorError, safe_open
+from transformers import TrainingArguments
 
 
 def last_whole_checkpoint(output_dir: str | Path, processes: int = 1) -> str | None:
@@ -39,3 +40,17 @@ def _is_whole(folder: Path, processes: int) -> bool:
         return False
     pickles = [folder / name for name in rng_states] + [path for path in folder.rglob("*.pt*") if path.is_file()]
     return all(is_zipfile(path) for path in pickles)  # as torch writes them; the directory is at a zip file's end
+
+
+def find_checkpoint(args: TrainingArguments) -> str | None:
+    """Returns the folder that `--resume_from_checkpoint` means; "last" is the last whole one of the output folder.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if args.resume_from_checkpoint != "last":
+        return args.resume_from_checkpoint
+    found = last_whole_checkpoint(args.output_dir, args.world_size)
+    if found is None:
+        raise ValueError(f"`--resume_from_checkpoint last`: there is no whole checkpoint in {args.output_dir}.")
+    return found

@@ -28,6 +28,10 @@ def make_trainable(
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):  # of frozen layers: only noise between the prompt and the loss
                 module.p = 0.0
+    if task_type not in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
+        # Heads of transformers 5.23 are told how many labels a step has and take the mean of each batch all the same,
+        # so that Trainer's loss would grow with `gradient_accumulation_steps`.
+        model.accepts_loss_kwargs = False
     if args.method == "head":
         adapted = _head_only(model)
     else:

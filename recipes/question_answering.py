@@ -26,9 +26,19 @@ from pathlib import Path
 import evaluate
 import numpy as np
 from arguments import DataArguments, MethodArguments, ModelArguments, parse_arguments
+from checkpoints import find_checkpoint
 from datasets import Dataset, DatasetDict
 from methods import make_callbacks, make_trainable, watch_prompt
-from report import in_data_order, make_command, push, save_run, write_card, write_predictions
+from report import (
+    can_measure_first,
+    describe,
+    in_data_order,
+    make_command,
+    push,
+    save_run,
+    write_card,
+    write_predictions,
+)
 from sources import DATA, METRICS, check_columns, check_length, find_model, find_packaged_encoder, load_data
 from transformers import (
     AutoConfig,
@@ -174,6 +184,7 @@ def read_answers(
 def main(argv: list[str] | None = None) -> None:
     dataclasses = [ModelArguments, DataArguments, SpanArguments, MethodArguments, TrainingArguments]
     model_args, data_args, spans, method, args = parse_arguments(dataclasses, TRAINING_DEFAULTS, argv)
+    checkpoint = find_checkpoint(args)
     set_seed(args.seed)  # before the head and the prompt are made
 
     name = find_model(model_args.model_name_or_path or find_packaged_encoder())
@@ -213,9 +224,9 @@ def main(argv: list[str] | None = None) -> None:
     watch_prompt(trainer, method)
     measured = "test" if "test" in windows else "validation"
     trainer.compute_metrics = score(measured)
-    before = trainer.evaluate(windows[measured])
+    before = trainer.predict(windows[measured], metric_key_prefix="eval").metrics if can_measure_first(trainer) else {}
     trainer.compute_metrics = score("validation")
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.compute_metrics = score(measured)
     output = trainer.predict(windows[measured], metric_key_prefix="eval")
 
@@ -229,10 +240,11 @@ def main(argv: list[str] | None = None) -> None:
                 for row, text in zip(data[measured], predict(measured, output), strict=True)
             ),
         )
-        write_card(trainer, results, "QUESTION_ANS", data_args, method, make_command(__file__, argv))
+        command = make_command(__file__, argv)
+        write_card(folder, model, results, "QUESTION_ANS", data_args, method, command, trainer.hub_model_id)
         if args.push_to_hub:
-            push(trainer)
-        print(f"F1 before training {before['eval_f1']:.1%}, after {output.metrics['eval_f1']:.1%}")
+            push(folder, trainer.hub_model_id, args.hub_token, args.hub_revision)
+        print(describe(results, "f1"))
         print(f"written to {folder}")
 
 

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from methods import count_parameters
 from peft import PeftModel
 from sklearn.metrics import ConfusionMatrixDisplay
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 
 
 TASKS = {  # of PEFT: the Hub's name for it, and the class that loads it
@@ -29,28 +29,47 @@ TASKS = {  # of PEFT: the Hub's name for it, and the class that loads it
 TIMES = ("runtime", "per_second", "preparation_time")
 
 
-def save_run(trainer: Trainer, before: dict, after: dict) -> dict:
-    """Writes the adapter, the model's config, `metrics.json` and the curves; returns what is in `metrics.json`.
+def can_measure_first(trainer: Trainer) -> bool:
+    """Whether Trainer can evaluate before it trains; FSDP and DeepSpeed spread a model's weights only then."""
+    return not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
 
-    Every process calls this, the main one writes. The keys of `before` and `after` start with "eval_", those of
-    `metrics.json` do not. Times and Trainer's summary of its last call are left out, so that the same seed writes the
-    same file, resumed or not.
-    """
+
+def save_run(trainer: Trainer, before: dict, after: dict) -> dict:
+    """Has Trainer write the adapter, and the main process the rest: see `write_results`. Every process calls this."""
     trainer.save_model(_internal_call=True)  # else it would push the folder before the rest is in it
-    trained, deployed = count_parameters(trainer.accelerator.unwrap_model(trainer.model))
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    # Trainer's summary of its last call is another one after resuming.
+    history = [entry for entry in trainer.state.log_history if "train_loss" not in entry]
+    if not trainer.is_world_process_zero():
+        return {}
+    return write_results(Path(trainer.args.output_dir), model, before, after, history)
+
+
+def write_results(folder: Path, model: PreTrainedModel | PeftModel, before: dict, after: dict, history: list) -> dict:
+    """Writes the model's config, `metrics.json` and the curves; returns what is in `metrics.json`.
+
+    The keys of `before` and `after` start with "eval_", those of `metrics.json` do not. Times are left out, so that
+    the same seed writes the same file.
+    """
+    trained, deployed = count_parameters(model)
     results = {
         "before": _metrics(before),
         "after": _metrics(after),
         "trained_parameters": trained,
         "deployed_parameters": deployed,
-        "history": [_without_times(entry) for entry in trainer.state.log_history if "train_loss" not in entry],
+        "history": [_without_times(entry) for entry in history],
     }
-    if trainer.is_world_process_zero():
-        folder = Path(trainer.args.output_dir)
-        trainer.model.config.save_pretrained(folder)  # labels and their names
-        (folder / "metrics.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-        plot_curves(results["history"], folder)
+    model.config.save_pretrained(folder)  # labels and their names
+    (folder / "metrics.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    plot_curves(results["history"], folder)
     return results
+
+
+def describe(results: dict, name: str, is_share: bool = True) -> str:
+    """One line with a metric before and after training; `is_share` if it is to be read as a percentage."""
+    before, after = (results[when].get(name) for when in ("before", "after"))
+    form = ".1%" if is_share else ".1f"
+    return f"{name} before training {'not measured' if before is None else format(before, form)}, after {after:{form}}"
 
 
 def _metrics(output: dict) -> dict:
@@ -121,22 +140,23 @@ def plot_confusion(truth: list[int], predicted: list[int], labels: list[str], fo
 
 
 def write_card(
-    trainer: Trainer,
+    folder: Path,
+    model: PreTrainedModel | PeftModel,
     results: dict,
     task_type: str,
     data: DataArguments,
     method: MethodArguments,
     command: list[str],
+    repo_id: str | None = None,
 ) -> None:
     """Writes the model card, README.md: base model, data, metrics, sizes, the command that made it, how to load it."""
-    folder = Path(trainer.args.output_dir)
-    config, model_name = trainer.model.config, trainer.hub_model_id or folder.resolve().name
+    model_name = repo_id or folder.resolve().name
     task, model_class = TASKS[task_type]
     data_name = data.dataset_name or (Path(data.train_file).stem if data.train_file else "the recipe's own data")
     metrics = {name: value for name, value in results["after"].items() if isinstance(value, (int, float))}
-    path = Path(config._name_or_path)
+    path = Path(model.config._name_or_path)
     is_on_hub = not path.is_dir()
-    base = config._name_or_path if is_on_hub else (path.parent if path.name == "model" else path).name
+    base = model.config._name_or_path if is_on_hub else (path.parent if path.name == "model" else path).name
     card = ModelCardData(
         base_model=base if is_on_hub else None,
         library_name="peft" if method.method != "head" else "transformers",
@@ -156,7 +176,8 @@ def write_card(
             for name, value in metrics.items()
         ],
     )
-    rows = [f"| {name} | {results['before'][name]:.4f} | {value:.4f} |" for name, value in metrics.items()]
+    before = {name: f"{value:.4f}" for name, value in results["before"].items()}
+    rows = [f"| {name} | {before.get(name, '')} | {value:.4f} |" for name, value in metrics.items()]
     sizes = (
         f"{results['trained_parameters']:,} parameters were trained, {results['deployed_parameters']:,} are deployed."
     )
@@ -165,7 +186,7 @@ def write_card(
         f"`{method.method}` for {task} on a frozen `{base}`, trained on {data_name}. {sizes}",
         "| | before | after |\n|---|---|---|\n" + "\n".join(rows),
         f"```bash\n{_without_token(command)}\n```",
-        f"```python\n{_snippet(trainer, model_name, model_class, method)}\n```",
+        f"```python\n{_snippet(model, model_name, model_class, method)}\n```",
     ]
     ModelCard(f"---\n{card.to_yaml()}\n---\n\n" + "\n\n".join(body) + "\n").save(folder / "README.md")
 
@@ -186,23 +207,23 @@ def _without_token(command: list[str]) -> str:
     return shlex.join(shown)
 
 
-def _snippet(trainer: Trainer, model_name: str, model_class: str, method: MethodArguments) -> str:
+def _snippet(model: PreTrainedModel | PeftModel, model_name: str, model_class: str, method: MethodArguments) -> str:
     plugin = "import peft_ptuning_ext\n" if method.method == "ptuning" else ""
-    if isinstance(trainer.model, PeftModel):
-        labels = f", num_labels={trainer.model.config.num_labels}" if "Classification" in model_class else ""
+    if isinstance(model, PeftModel):
+        labels = f", num_labels={model.config.num_labels}" if "Classification" in model_class else ""
         library, auto = "peft", f"AutoPeft{model_class}"
     else:  # saved whole, with its config
         library, auto, labels = "transformers", f"Auto{model_class}", ""
     return f'{plugin}from {library} import {auto}\n\nmodel = {auto}.from_pretrained("{model_name}"{labels})'
 
 
-def push(trainer: Trainer) -> None:
-    """Uploads the output folder to the repository that Trainer has made, without checkpoints."""
+def push(folder: Path, repo_id: str, token: str | None, revision: str | None = None) -> None:
+    """Uploads the output folder, without checkpoints."""
     upload_folder(
-        repo_id=trainer.hub_model_id,
-        folder_path=trainer.args.output_dir,
-        revision=trainer.args.hub_revision,
-        token=trainer.args.hub_token,
+        repo_id=repo_id,
+        folder_path=folder,
+        revision=revision,
+        token=token,
         ignore_patterns=["checkpoint-*", "runs/*"],
         commit_message="End of training",
     )

@@ -24,9 +24,10 @@ import evaluate
 import numpy as np
 import torch
 from arguments import DataArguments, MethodArguments, ModelArguments, parse_arguments
+from checkpoints import find_checkpoint
 from datasets import Dataset, DatasetDict, concatenate_datasets
 from methods import make_callbacks, make_trainable, watch_prompt
-from report import make_command, push, save_run, write_card, write_predictions
+from report import can_measure_first, describe, make_command, push, save_run, write_card, write_predictions
 from small_models import SEQ2SEQ, find_small_model
 from sources import (
     DATA,
@@ -120,6 +121,7 @@ def main(argv: list[str] | None = None) -> None:
     data = load_data(data_args, STALLS)
     data = take_text_columns(data, {text_args.source_column: "input", text_args.target_column: "target"})
     name = find_model(model_args.model_name_or_path or find_small_model(SEQ2SEQ))
+    checkpoint = find_checkpoint(args)
     set_seed(args.seed)  # before the prompt is made
     model, tokenizer = load_model(name, text_args, method)
     tokens = tokenize(data, tokenizer, text_args)
@@ -155,8 +157,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     watch_prompt(trainer, method)
     measured = "test" if "test" in held_out else "validation"
-    before = trainer.predict(held_out[measured], metric_key_prefix="eval").metrics
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    before = (
+        trainer.predict(held_out[measured], metric_key_prefix="eval").metrics if can_measure_first(trainer) else {}
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
     after = trainer.predict(held_out[measured], metric_key_prefix="eval").metrics
 
     results = save_run(trainer, before, after)
@@ -169,10 +173,11 @@ def main(argv: list[str] | None = None) -> None:
                 for text in held_out[measured]["input"]
             ),
         )
-        write_card(trainer, results, "SEQ_2_SEQ_LM", data_args, method, make_command(__file__, argv))
+        command = make_command(__file__, argv)
+        write_card(folder, model, results, "SEQ_2_SEQ_LM", data_args, method, command, trainer.hub_model_id)
         if args.push_to_hub:
-            push(trainer)
-        print(f"BLEU before training {before['eval_bleu']:.1f}, after {after['eval_bleu']:.1f}")
+            push(folder, trainer.hub_model_id, args.hub_token, args.hub_revision)
+        print(describe(results, "bleu", is_share=False))
         print(f"written to {folder}")
 
 

@@ -23,9 +23,20 @@ from pathlib import Path
 import evaluate
 import torch
 from arguments import DataArguments, MethodArguments, ModelArguments, parse_arguments
+from checkpoints import find_checkpoint
 from datasets import ClassLabel, Dataset, DatasetDict
 from methods import make_callbacks, make_trainable, watch_prompt
-from report import make_command, plot_confusion, push, save_run, write_card, write_predictions
+from report import (
+    can_measure_first,
+    describe,
+    in_data_order,
+    make_command,
+    plot_confusion,
+    push,
+    save_run,
+    write_card,
+    write_predictions,
+)
 from sources import DATA, METRICS, check_columns, check_length, find_model, find_packaged_encoder, load_data
 from transformers import (
     AutoConfig,
@@ -112,6 +123,7 @@ def load_model(name: str, labels: list[str], max_length: int, method: MethodArgu
 def main(argv: list[str] | None = None) -> None:
     dataclasses = [ModelArguments, DataArguments, ColumnArguments, MethodArguments, TrainingArguments]
     model_args, data_args, columns, method, args = parse_arguments(dataclasses, TRAINING_DEFAULTS, argv)
+    checkpoint = find_checkpoint(args)
     set_seed(args.seed)  # before the head and the prompt are made
 
     name = find_model(model_args.model_name_or_path or find_packaged_encoder())
@@ -140,28 +152,29 @@ def main(argv: list[str] | None = None) -> None:
     )
     watch_prompt(trainer, method)
     measured = "test" if "test" in tokens else "validation"
-    before = trainer.predict(tokens[measured], metric_key_prefix="eval").metrics
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    before = trainer.predict(tokens[measured], metric_key_prefix="eval").metrics if can_measure_first(trainer) else {}
+    trainer.train(resume_from_checkpoint=checkpoint)
     output = trainer.predict(tokens[measured], metric_key_prefix="eval")
 
     results = save_run(trainer, before, output.metrics)
     if trainer.is_world_process_zero():
         folder = Path(args.output_dir)
-        probabilities = torch.tensor(output.predictions).float().softmax(-1)
-        predicted = probabilities.argmax(-1).tolist()
-        rows = zip(data[measured]["text"], output.label_ids.tolist(), predicted, probabilities.tolist(), strict=True)
+        probabilities = torch.tensor(in_data_order(trainer, tokens[measured], output.predictions)).float().softmax(-1)
+        predicted, truth = probabilities.argmax(-1).tolist(), data[measured]["label"][:]
+        rows = zip(data[measured]["text"], truth, predicted, probabilities.tolist(), strict=True)
         write_predictions(
             folder,
             (
-                {"text": text, "label": labels[truth], "prediction": labels[guess], "probability": row[guess]}
-                for text, truth, guess, row in rows
+                {"text": text, "label": labels[label], "prediction": labels[guess], "probability": row[guess]}
+                for text, label, guess, row in rows
             ),
         )
-        plot_confusion(output.label_ids.tolist(), predicted, labels, folder)
-        write_card(trainer, results, "SEQ_CLS", data_args, method, make_command(__file__, argv))
+        plot_confusion(truth, predicted, labels, folder)
+        command = make_command(__file__, argv)
+        write_card(folder, model, results, "SEQ_CLS", data_args, method, command, trainer.hub_model_id)
         if args.push_to_hub:
-            push(trainer)
-        print(f"accuracy before training {before['eval_accuracy']:.1%}, after {output.metrics['eval_accuracy']:.1%}")
+            push(folder, trainer.hub_model_id, args.hub_token, args.hub_revision)
+        print(describe(results, "accuracy"))
         print(f"written to {folder}")
 
 

@@ -22,9 +22,20 @@ from pathlib import Path
 
 import evaluate
 from arguments import DataArguments, MethodArguments, ModelArguments, parse_arguments
+from checkpoints import find_checkpoint
 from datasets import ClassLabel, Dataset, DatasetDict
 from methods import make_callbacks, make_trainable, watch_prompt
-from report import in_data_order, make_command, plot_confusion, push, save_run, write_card, write_predictions
+from report import (
+    can_measure_first,
+    describe,
+    in_data_order,
+    make_command,
+    plot_confusion,
+    push,
+    save_run,
+    write_card,
+    write_predictions,
+)
 from sources import DATA, METRICS, check_columns, check_length, find_model, find_packaged_encoder, load_data
 from transformers import (
     AutoConfig,
@@ -156,6 +167,7 @@ def read_tags(trainer: Trainer, output: EvalPrediction, tokens: Dataset) -> list
 def main(argv: list[str] | None = None) -> None:
     dataclasses = [ModelArguments, DataArguments, ColumnArguments, MethodArguments, TrainingArguments]
     model_args, data_args, columns, method, args = parse_arguments(dataclasses, TRAINING_DEFAULTS, argv)
+    checkpoint = find_checkpoint(args)
     set_seed(args.seed)  # before the head and the prompt are made
 
     name = find_model(model_args.model_name_or_path or find_packaged_encoder())
@@ -194,9 +206,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     watch_prompt(trainer, method)
     trainer.compute_metrics = score(measured)
-    before = trainer.evaluate(tokens[measured])
+    before = trainer.predict(tokens[measured], metric_key_prefix="eval").metrics if can_measure_first(trainer) else {}
     trainer.compute_metrics = score("validation")
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.compute_metrics = score(measured)
     output = trainer.predict(tokens[measured], metric_key_prefix="eval")
 
@@ -212,10 +224,11 @@ def main(argv: list[str] | None = None) -> None:
             ),
         )
         plot_confusion([*chain(*truth)], [*chain(*predicted)], labels, folder)
-        write_card(trainer, results, "TOKEN_CLS", data_args, method, make_command(__file__, argv))
+        command = make_command(__file__, argv)
+        write_card(folder, model, results, "TOKEN_CLS", data_args, method, command, trainer.hub_model_id)
         if args.push_to_hub:
-            push(trainer)
-        print(f"F1 before training {before['eval_f1']:.1%}, after {output.metrics['eval_f1']:.1%}")
+            push(folder, trainer.hub_model_id, args.hub_token, args.hub_revision)
+        print(describe(results, "f1"))
         print(f"written to {folder}")
 
 

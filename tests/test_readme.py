@@ -14,6 +14,8 @@ from families import make_model, support_table
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from peft_ptuning_ext import PromptMonitor
+
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
@@ -37,7 +39,7 @@ def test_the_readmes_code_runs(tmp_path, monkeypatch) -> None:
     make_folder(tmp_path / "openai-community/gpt2", "GPT-2", "CAUSAL_LM")
     rows = [{"text": "good good", "label": 1}, {"text": "bad bad", "label": 0}] * 16
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    train, load, use, ask = BLOCKS
+    train, load, use, watch, ask = BLOCKS
     names: dict = {}
     exec(train, names)
     trained = names["model"].eval()
@@ -50,6 +52,8 @@ def test_the_readmes_code_runs(tmp_path, monkeypatch) -> None:
     assert [n for n, p in names["model"].named_parameters() if p.requires_grad] == [
         "base_model.model.transformer.wte.ptuning_encoders.default.embedding"
     ]
+    exec(watch, names)
+    assert any(isinstance(callback, PromptMonitor) for callback in names["trainer"].callback_handler.callbacks)
     exec(ask, names)
     assert names["model"].prompt_route == "shared"
 

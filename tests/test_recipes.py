@@ -6,7 +6,6 @@ import csv
 import json
 import os
 import re
-import string
 import subprocess
 import sys
 from collections import Counter
@@ -24,10 +23,9 @@ import yaml
 from arguments import parse_arguments
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from safetensors.torch import load_file
-from transformers import BertConfig, BertModel, BertTokenizer
+from tiny_recipes import RECIPES, as_words, read_rows, save_backbone, write_rows
 
 
-RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 SPEECH_ACTS = RECIPES / "data" / "speech_acts"
 
 LABELS = ["apology", "complaint", "congratulation", "invitation", "promise"]
@@ -39,17 +37,8 @@ MODEL = {"config.json", "tokenizer.json", "tokenizer_config.json", "training_arg
 OUTPUTS = {"README.md", "metrics.json", "predictions.jsonl", *PLOTS, *ADAPTER, *MODEL}
 
 
-def read_rows(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def losses(metrics):
     return [entry["loss"] for entry in metrics["history"] if "loss" in entry]
-
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
 
 
 @pytest.fixture(scope="module")
@@ -60,25 +49,9 @@ def tiny(tmp_path_factory):
     for split, file, count in (("train", "train.jsonl", 60), ("validation", "test.jsonl", 20)):
         rows[split] = [row for row in read_rows(SPEECH_ACTS / file) if row["label"] in TINY_LABELS][:count]
 
-    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *string.ascii_lowercase, *string.punctuation]
-    pieces += ["##" + letter for letter in string.ascii_lowercase]
-    words = Counter(word for row in rows["train"] for word in re.findall("[a-z]{2,}", row["text"].lower()))
-    pieces += [word for word, _ in words.most_common(100)]
-    tokenizer = BertTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, model_max_length=64)
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(pieces),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=64,
-        initializer_range=0.2,  # so that different texts come out visibly different
-    )
-    BertModel(config).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
+    model = save_backbone(folder / "model", [row["text"] for row in rows["train"]])
     return {
-        "model_name_or_path": str(folder / "model"),
+        "model_name_or_path": model,
         "train_file": write_rows(folder / "train.jsonl", rows["train"]),
         "validation_file": write_rows(folder / "validation.jsonl", rows["validation"]),
         "max_length": 40,
@@ -93,7 +66,7 @@ def tiny(tmp_path_factory):
 
 
 def run(arguments):
-    text_classification.main([word for name, value in arguments.items() for word in (f"--{name}", str(value))])
+    text_classification.main(as_words(arguments))
 
 
 @pytest.fixture(scope="module")
@@ -209,6 +182,35 @@ def test_other_data_can_be_swapped_in_and_keep_their_names(tiny, tmp_path, monke
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["id2label"] == {"0": "no", "1": "yes", "2": "maybe"}
     assert [row["label"] for row in read_rows(tmp_path / "predictions.jsonl")] == ["yes", "no"] * 4
+
+
+def test_accumulated_batches_are_one_large_batch(tiny, tmp_path):
+    outcomes = []
+    for batch, steps in ((8, 1), (4, 2)):
+        sizes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": steps, "max_steps": 3}
+        run({**tiny, **sizes, "eval_strategy": "no", "output_dir": tmp_path})
+        history = json.loads((tmp_path / "metrics.json").read_text())["history"]
+        outcomes.append([value for entry in history for value in (entry["loss"], entry["grad_norm"])])
+    assert outcomes[0] == pytest.approx(outcomes[1], rel=1e-4)
+
+
+def test_predictions_stand_beside_their_texts_when_evaluation_is_grouped_by_length(tiny, trained, tmp_path):
+    run({**tiny, "train_sampling_strategy": "group_by_length", "max_steps": 1, "output_dir": tmp_path})
+    rows, given = read_rows(tmp_path / "predictions.jsonl"), read_rows(Path(tiny["validation_file"]))
+    assert [(row["text"], row["label"]) for row in rows] == [(row["text"], row["label"]) for row in given]
+    accuracy = json.loads((tmp_path / "metrics.json").read_text())["after"]["accuracy"]
+    assert sum(row["label"] == row["prediction"] for row in rows) / len(rows) == accuracy
+
+
+def test_resuming_from_the_last_checkpoint(tiny, tmp_path):
+    saving = {**tiny, "save_strategy": "steps", "save_steps": 12, "output_dir": tmp_path}
+    with pytest.raises(ValueError, match="there is no whole checkpoint in"):
+        run({**saving, "resume_from_checkpoint": "last"})
+    run(saving)
+    straight = (tmp_path / "adapter_model.safetensors").read_bytes()
+    (tmp_path / "checkpoint-24" / "trainer_state.json").write_text("{")  # as if killed while it was written
+    run({**saving, "resume_from_checkpoint": "last"})
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() == straight
 
 
 @pytest.mark.parametrize(

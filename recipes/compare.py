@@ -1,0 +1,303 @@
+# SPDX-FileCopyrightText: 2026 The peft_ptuning_ext authors
+# SPDX-License-Identifier: Apache-2.0
+"""Trains every method on the same tasks, steps and batches, and writes a table and a plot of what each has learned.
+
+    python recipes/compare.py --data_folder DATA --tasks sst2 banking77 wnut17 squad --output_dir outputs/compare
+    python recipes/compare.py --data_folder DATA --tasks e2e_nlg --causal_model FOLDER --output_dir outputs/compare
+
+DATA holds a folder for each task with its JSON lines: sst2/train.jsonl, sst2/test.jsonl and so on, with the columns
+that `TASKS` names. Without a folder, the data of the text classification recipe is compared on.
+
+The learning rate of each method is the best of one grid on rows of the training file that are then trained on again;
+the test file is measured once per seed, with that rate. Every run is one of the recipes in a process of its own, on
+one thread, so that as many run at once as there are cores. Runs that are finished are not repeated: the command can be
+stopped and given again.
+"""
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean, stdev
+
+from matplotlib.figure import Figure
+from sources import DATA
+
+
+RECIPES = Path(__file__).resolve().parent
+LEARNING_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A recipe and its data; `options` are the recipe's, the same for every method."""
+
+    recipe: str
+    metric: str
+    test: str
+    steps: int
+    options: dict = field(default_factory=dict)
+    test_rows: int | None = None
+    seeds: int = 3
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is trained; `options` are those of `MethodArguments`."""
+
+    name: str
+    options: dict
+
+
+METHODS = {
+    "ptuning": Method("this package, NONE", {"method": "ptuning", "encoder": "NONE"}),
+    "ptuning_mlp": Method("this package, MLP", {"method": "ptuning", "encoder": "MLP"}),
+    "peft_ptuning": Method("PEFT P-tuning", {"method": "peft_ptuning"}),
+    "lora": Method("LoRA, r = 8", {"method": "lora"}),
+    "head": Method("head only", {"method": "head"}),
+}
+BATCH = {"per_device_train_batch_size": 32, "train_sampling_strategy": "group_by_length"}
+TASKS = {
+    "sst2": Task("text_classification", "accuracy", "test.jsonl", 200, {**BATCH, "max_length": 64}, seeds=5),
+    "banking77": Task("text_classification", "accuracy", "test.jsonl", 300, {**BATCH, "max_length": 64}),
+    "wnut17": Task("token_classification", "f1", "test.jsonl", 200, {**BATCH, "max_length": 96}),
+    "squad": Task(
+        "question_answering",
+        "f1",
+        "validation.jsonl",
+        200,
+        {**BATCH, "per_device_train_batch_size": 16, "max_length": 256, "doc_stride": 64},
+        test_rows=400,
+    ),
+    "e2e_nlg": Task(
+        "causal_lm", "rougeL", "test.jsonl", 300, {"per_device_train_batch_size": 16, "max_length": 160}, test_rows=800
+    ),
+}
+SPEECH_ACTS = Task("text_classification", "accuracy", "test.jsonl", 300, {"per_device_train_batch_size": 16})
+
+
+def make_splits(source: Path, folder: Path, task: Task, held_out_rows: int) -> None:
+    """Writes the files of a comparison: train, test, and for the learning rate search_train and search_test."""
+    if (folder / "search_test.jsonl").is_file():
+        return
+    train = _read_lines(source / "train.jsonl")
+    test = _read_lines(source / task.test)
+    order = random.Random(0).sample(train, len(train))
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_lines(folder / "train.jsonl", train)
+    _write_lines(folder / "test.jsonl", test if task.test_rows is None else _spread(test, task.test_rows))
+    _write_lines(folder / "search_train.jsonl", order[held_out_rows:])
+    _write_lines(folder / "search_test.jsonl", order[:held_out_rows])
+
+
+def _read_lines(path: Path) -> list[str]:
+    if not path.is_file():
+        raise ValueError(f"There is no file {path}: `--data_folder` should hold a folder for each of the tasks.")
+    return path.read_text(encoding="utf-8").splitlines()
+
+
+def _write_lines(path: Path, lines: list[str]) -> None:
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def _spread(lines: list[str], count: int) -> list[str]:
+    """At most `count` neighbouring groups of lines, evenly spread: rows of one input or article stay together."""
+    if len(lines) <= count:
+        return lines
+    size = 20
+    starts = [int(i * (len(lines) - size) / (count // size - 1)) for i in range(count // size)]
+    return [line for start in starts for line in lines[start : start + size]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of a recipe."""
+
+    task: str
+    method: str
+    learning_rate: float
+    seed: int
+    is_search: bool
+
+    def folder(self, output: Path) -> Path:
+        kind = "search" if self.is_search else "test"
+        return output / self.task / self.method / f"{kind}-lr{self.learning_rate:g}-seed{self.seed}"
+
+
+def train(run: Run, task: Task, args: argparse.Namespace) -> dict | None:
+    """Runs a recipe unless it has been, and returns its `metrics.json`, or `None` if it refused or failed."""
+    output = Path(args.output_dir)
+    folder = run.folder(output)
+    if not (folder / "metrics.json").is_file() and not (folder / "error.txt").is_file():
+        prefix = "search_" if run.is_search else ""
+        options = {
+            "train_file": output / run.task / f"{prefix}train.jsonl",
+            "validation_file": output / run.task / f"{prefix}test.jsonl",
+            "output_dir": folder,
+            "max_steps": args.max_steps or task.steps,
+            "learning_rate": run.learning_rate,
+            "seed": run.seed,
+            "eval_strategy": "no",
+            "save_strategy": "no",
+            "num_virtual_tokens": args.num_virtual_tokens,
+            "lr_scheduler_type": "linear",
+            "warmup_steps": 0.1,
+            "bf16": True,
+            "use_cpu": args.use_cpu,
+            "disable_tqdm": True,
+            **task.options,
+            **METHODS[run.method].options,
+        }
+        if args.model_name_or_path:
+            options["model_name_or_path"] = args.model_name_or_path
+        words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+        done = subprocess.run(
+            [sys.executable, str(RECIPES / f"{task.recipe}.py"), *words],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+            capture_output=True,
+            text=True,
+        )
+        for weights in folder.glob("*.safetensors"):
+            weights.unlink()
+        if done.returncode != 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "error.txt").write_text(done.stderr.strip().splitlines()[-1] + "\n", encoding="utf-8")
+    if (folder / "error.txt").is_file():
+        print(f"{folder.relative_to(output)}: {(folder / 'error.txt').read_text().strip()}", flush=True)
+        return None
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    print(f"{folder.relative_to(output)}: {task.metric} {metrics['after'][task.metric]:.4f}", flush=True)
+    return metrics
+
+
+def compare(tasks: dict[str, Task], args: argparse.Namespace) -> list[dict]:
+    """Runs what is missing and returns one row per task and method."""
+    pool = ThreadPoolExecutor(args.workers)
+    rates = args.learning_rates
+
+    def train_all(runs: list[Run]) -> list[dict | None]:
+        return list(pool.map(lambda run: train(run, tasks[run.task], args), runs))
+
+    pairs = [(task, method) for task in tasks for method in args.methods]
+    searches = [Run(task, method, rate, 0, True) for task, method in pairs for rate in rates]
+    found = dict(zip(searches, train_all(searches), strict=True))
+    best = {}
+    for task, method in pairs:
+        scores = {
+            rate: metrics["after"][tasks[task].metric]
+            for rate in rates
+            if (metrics := found[Run(task, method, rate, 0, True)]) is not None
+        }
+        if scores:
+            best[task, method] = max(scores, key=scores.get)
+    seeds = {task: range(args.seeds or tasks[task].seeds) for task in tasks}
+    tests = [Run(task, method, rate, seed, False) for (task, method), rate in best.items() for seed in seeds[task]]
+    measured = dict(zip(tests, train_all(tests), strict=True))
+
+    rows = []
+    for task, method in pairs:
+        row = {"task": task, "method": method, "metric": tasks[task].metric}
+        if (task, method) in best:
+            runs = [measured[Run(task, method, best[task, method], seed, False)] for seed in seeds[task]]
+            runs = [metrics for metrics in runs if metrics is not None]
+            row |= {
+                "learning_rate": best[task, method],
+                "search": {
+                    str(rate): metrics["after"][tasks[task].metric]
+                    for rate in rates
+                    if (metrics := found[Run(task, method, rate, 0, True)]) is not None
+                },
+                "scores": [metrics["after"][tasks[task].metric] for metrics in runs],
+                "trained_parameters": runs[0]["trained_parameters"],
+                "deployed_parameters": runs[0]["deployed_parameters"],
+            }
+        else:
+            folder = Run(task, method, rates[0], 0, True).folder(Path(args.output_dir))
+            row["error"] = (folder / "error.txt").read_text(encoding="utf-8").strip()
+        rows.append(row)
+    return rows
+
+
+def make_table(rows: list[dict]) -> str:
+    """The rows as Markdown: mean ± standard deviation of the seeds, the worst, and how far from the head to LoRA."""
+    lines = [
+        "| task | method | mean ± std (worst) of seeds | head → LoRA | learning rate | trained | deployed |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    by_key = {(row["task"], row["method"]): row for row in rows}
+    for row in rows:
+        name = METHODS[row["method"]].name
+        if "error" in row:
+            lines.append(f"| {row['task']}, {row['metric']} | {name} | {row['error']} | | | | |")
+            continue
+        scores = row["scores"]
+        spread = f" ± {stdev(scores):.1%}" if len(scores) > 1 else ""
+        ends = [by_key.get((row["task"], method), {}).get("scores") for method in ("head", "lora")]
+        way = ""
+        if all(ends) and mean(ends[1]) != mean(ends[0]):
+            way = f"{(mean(scores) - mean(ends[0])) / (mean(ends[1]) - mean(ends[0])):.0%}"
+        lines.append(
+            f"| {row['task']}, {row['metric']} | {name} | {mean(scores):.1%}{spread} ({min(scores):.1%}) of "
+            f"{len(scores)} | {way} | {row['learning_rate']:g} | {row['trained_parameters']:,} | "
+            f"{row['deployed_parameters']:,} |"
+        )
+    return "\n".join(lines)
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """Draws a point per seed and a bar at the mean, a panel per task."""
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    figure = Figure(figsize=(1 + 3 * len(tasks), 4), layout="constrained")
+    for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+        measured = [row for row in rows if row["task"] == task and "scores" in row]
+        for x, row in enumerate(measured):
+            axes.plot([x] * len(row["scores"]), row["scores"], "o", markersize=4, alpha=0.6, color="C0")
+            axes.plot([x - 0.3, x + 0.3], [mean(row["scores"])] * 2, color="C0")
+        names = [METHODS[row["method"]].name for row in measured]
+        axes.set_xticks(range(len(measured)), names, rotation=60, ha="right")
+        axes.set(title=task, ylabel=measured[0]["metric"] if measured else "")
+    figure.savefig(path, dpi=150)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--data_folder", type=Path, help="Folder with a folder per task. Default: data of the recipes."
+    )
+    parser.add_argument(
+        "--tasks", nargs="+", choices=TASKS, help="Tasks of the data folder. Default: all but e2e_nlg."
+    )
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--model_name_or_path", help="Backbone. Default: each recipe's own.")
+    parser.add_argument("--learning_rates", nargs="+", type=float, default=LEARNING_RATES)
+    parser.add_argument("--num_virtual_tokens", type=int, default=20)
+    parser.add_argument("--seeds", type=int, help="Seeds per method. Default: the task's, 3 or 5.")
+    parser.add_argument("--max_steps", type=int, help="Optimizer steps. Default: the task's.")
+    parser.add_argument("--held_out_rows", type=int, default=500, help="Training rows kept for the learning rate.")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="Runs at the same time.")
+    parser.add_argument("--use_cpu", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--output_dir", default="outputs/compare")
+    args = parser.parse_args(argv)
+    if (args.tasks is not None) and args.data_folder is None:
+        parser.error("--tasks needs --data_folder")
+
+    output = Path(args.output_dir)
+    names = args.tasks or [name for name in TASKS if name != "e2e_nlg"]
+    tasks = {name: TASKS[name] for name in names} if args.data_folder else {"speech_acts": SPEECH_ACTS}
+    for name, task in tasks.items():
+        make_splits((args.data_folder or DATA) / name, output / name, task, args.held_out_rows)
+    rows = compare(tasks, args)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "compare.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    (output / "compare.md").write_text(make_table(rows) + "\n", encoding="utf-8")
+    plot(rows, output / "compare.png")
+    print(make_table(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+# SPDX-FileCopyrightText: 2026 The peft_ptuning_ext authors
+# SPDX-License-Identifier: Apache-2.0
+"""The comparison of methods on tiny data: what is run, what is chosen, and what the table says."""
+
+import dataclasses
+import importlib
+import json
+import subprocess
+from itertools import pairwise
+from pathlib import Path
+from statistics import mean, stdev
+from types import SimpleNamespace
+
+import compare
+import pytest
+from tiny_recipes import save_backbone, write_rows
+
+
+RATES = [0.001, 0.1]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A folder with two tasks, as `--data_folder` should look, and a tiny backbone."""
+    folder = tmp_path_factory.mktemp("data")
+    texts = [f"{'good' if i % 2 else 'bad'} film number {i}" for i in range(60)]
+    (folder / "sst2").mkdir()
+    (folder / "wnut17").mkdir()
+    rows = [{"text": text, "label": i % 2} for i, text in enumerate(texts)]
+    tagged = [{"tokens": text.split(), "ner_tags": ["O", "B-film", "I-film", "O"]} for text in texts]
+    for split, part in (("train", slice(40)), ("test", slice(40, 60))):
+        write_rows(folder / "sst2" / f"{split}.jsonl", rows[part])
+        write_rows(folder / "wnut17" / f"{split}.jsonl", tagged[part])
+    return SimpleNamespace(folder=folder, model=save_backbone(folder / "model", texts))
+
+
+@pytest.fixture(name="runs")
+def _runs(monkeypatch):
+    """The commands that were run; here in this process, which takes a second and not ten."""
+    commands = []
+
+    def run(command, **kwargs):
+        recipe = importlib.import_module(Path(command[1]).stem)
+        commands.append(dict(zip(command[2::2], command[3::2])))
+        try:
+            recipe.main(command[2:])
+        except ValueError as error:
+            return SimpleNamespace(returncode=1, stderr=f"Traceback\nValueError: {error}")
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(compare, "subprocess", SimpleNamespace(run=run))
+    shorten(monkeypatch)
+    return commands
+
+
+def shorten(monkeypatch):
+    """Texts that fit into the tiny backbone."""
+    for name in ("sst2", "wnut17"):
+        task = compare.TASKS[name]
+        options = {**task.options, "max_length": 40, "per_device_train_batch_size": 8, "bf16": False}
+        monkeypatch.setitem(compare.TASKS, name, dataclasses.replace(task, options=options))
+
+
+def run(data, output, *words, methods):
+    arguments = ["--data_folder", str(data.folder), "--model_name_or_path", data.model, "--output_dir", str(output)]
+    arguments += ["--learning_rates", *map(str, RATES), "--num_virtual_tokens", "4", "--max_steps", "3"]
+    compare.main([*arguments, "--workers", "1", "--held_out_rows", "10", "--methods", *methods, *words])
+    return json.loads((output / "compare.json").read_text())
+
+
+def test_rates_are_chosen_on_training_rows_and_seeds_measured_on_the_test(data, runs, tmp_path):
+    rows = run(data, tmp_path, "--tasks", "sst2", "--seeds", "2", methods=["ptuning", "lora", "head"])
+    searches = [words for words in runs if "search_test" in words["--validation_file"]]
+    tests = [words for words in runs if words not in searches]
+    assert len(searches) == 3 * len(RATES)
+    assert len(tests) == 3 * 2
+    assert all("search_train" in words["--train_file"] for words in searches)
+    assert all(Path(words["--train_file"]).name == "train.jsonl" for words in tests)
+    assert all(Path(words["--validation_file"]).name == "test.jsonl" for words in tests)
+    assert {words["--max_steps"] for words in runs} == {"3"}
+
+    folder = tmp_path / "sst2"
+    held_out = set((folder / "search_test.jsonl").read_text().splitlines())
+    kept = set((folder / "search_train.jsonl").read_text().splitlines())
+    train = set((data.folder / "sst2" / "train.jsonl").read_text().splitlines())
+    assert len(held_out) == 10
+    assert not held_out & kept
+    assert held_out | kept == train
+
+    for row in rows:
+        measured = {
+            path.parent.name: json.loads(path.read_text())["after"]["accuracy"]
+            for path in (folder / row["method"]).glob("*/metrics.json")
+        }
+        assert row["search"] == {str(rate): measured[f"search-lr{rate:g}-seed0"] for rate in RATES}
+        assert row["search"][str(row["learning_rate"])] == max(row["search"].values())
+        assert row["scores"] == [measured[f"test-lr{row['learning_rate']:g}-seed{seed}"] for seed in range(2)]
+        assert not list((folder / row["method"]).rglob("*.safetensors"))
+    head, lora = (next(row for row in rows if row["method"] == name) for name in ("head", "lora"))
+    assert head["deployed_parameters"] < lora["deployed_parameters"]
+    assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_finished_is_not_run_again(data, runs, tmp_path):
+    first = run(data, tmp_path, "--tasks", "sst2", "--seeds", "1", methods=["head"])
+    count = len(runs)
+    assert run(data, tmp_path, "--tasks", "sst2", "--seeds", "1", methods=["head"]) == first
+    assert len(runs) == count
+    run(data, tmp_path, "--tasks", "sst2", "--seeds", "2", methods=["head"])
+    assert len(runs) == count + 1
+
+
+def test_a_method_that_refuses_a_task_says_so_in_the_table(data, runs, tmp_path):
+    rows = run(data, tmp_path, "--tasks", "wnut17", "--seeds", "1", methods=["peft_ptuning", "head"])
+    assert rows[0]["error"].startswith("ValueError: Stock P-tuning can't do token classification")
+    assert "scores" in rows[1]
+    assert rows[0]["error"] in (tmp_path / "compare.md").read_text()
+
+
+def test_the_table(monkeypatch):
+    scores = {"ptuning": [0.7, 0.8], "lora": [0.9, 0.9], "head": [0.5, 0.5]}
+    rows = [
+        {"task": "sst2", "method": method, "metric": "accuracy", "scores": values, "learning_rate": 0.03}
+        | {"trained_parameters": 1234, "deployed_parameters": 567}
+        for method, values in scores.items()
+    ]
+    table = compare.make_table(rows).splitlines()
+    assert len(table) == 5
+    cells = [cell.strip() for cell in table[2].split("|")[1:-1]]
+    spread = stdev(scores["ptuning"])
+    assert cells[:2] == ["sst2, accuracy", "this package, NONE"]
+    assert cells[2] == f"{mean(scores['ptuning']):.1%} ± {spread:.1%} (70.0%) of 2"
+    assert cells[3:] == ["62%", "0.03", "1,234", "567"]  # (75 - 50) / (90 - 50)
+
+
+def test_recipes_are_run_in_processes_of_their_own(data, tmp_path, monkeypatch):
+    shorten(monkeypatch)
+    seen = []
+    real = subprocess.run
+    monkeypatch.setattr(
+        compare.subprocess, "run", lambda *args, **kwargs: seen.append(kwargs) or real(*args, **kwargs)
+    )
+    words = ["--data_folder", str(data.folder), "--tasks", "sst2", "--model_name_or_path", data.model, "--seeds", "1"]
+    words += ["--methods", "head", "--max_steps", "2", "--held_out_rows", "10", "--num_virtual_tokens", "4"]
+    compare.main([*words, "--learning_rates", "0.1", "--output_dir", str(tmp_path)])
+    (row,) = json.loads((tmp_path / "compare.json").read_text())
+    assert len(row["scores"]) == 1
+    assert seen == ["1", "1"]
+
+
+def test_missing_data_is_named(tmp_path):
+    with pytest.raises(ValueError, match="There is no file .*sst2/train.jsonl: `--data_folder` should hold"):
+        compare.main(["--data_folder", str(tmp_path), "--tasks", "sst2", "--output_dir", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_groups_of_rows_stay_together():
+    lines = [str(i) for i in range(1000)]
+    found = [int(line) for line in compare._spread(lines, 100)]
+    assert len(found) == len(set(found)) == 100
+    assert sum(after - before == 1 for before, after in pairwise(found)) >= 95
+    assert found[-1] == 999
+    assert compare._spread(lines, 2000) == lines
