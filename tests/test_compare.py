@@ -136,10 +136,12 @@ def test_the_table(monkeypatch):
 def test_recipes_are_run_in_processes_of_their_own(data, tmp_path, monkeypatch):
     shorten(monkeypatch)
     seen = []
-    real = subprocess.run
-    monkeypatch.setattr(
-        compare.subprocess, "run", lambda *args, **kwargs: seen.append(kwargs) or real(*args, **kwargs)
-    )
+
+    def run_and_note(command, **kwargs):
+        seen.append(kwargs["env"]["OMP_NUM_THREADS"])
+        return subprocess.run(command, **kwargs)
+
+    monkeypatch.setattr(compare, "subprocess", SimpleNamespace(run=run_and_note))
     words = ["--data_folder", str(data.folder), "--tasks", "sst2", "--model_name_or_path", data.model, "--seeds", "1"]
     words += ["--methods", "head", "--max_steps", "2", "--held_out_rows", "10", "--num_virtual_tokens", "4"]
     compare.main([*words, "--learning_rates", "0.1", "--output_dir", str(tmp_path)])
