@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -12,10 +13,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import text_classification
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from peft import PeftModel
+from tiny_recipes import as_words, read_rows, save_backbone, write_rows
 from train_distributed import CASES, DEADLINE, TRAINED, collate, make_adapted, make_base, make_rows
 
 
@@ -112,3 +115,42 @@ def test_configs_load_and_say_how_they_are_launched(name) -> None:
     command = f"#     accelerate launch --config_file recipes/accelerate/{name} recipes/text_classification.py"
     assert command in header.splitlines()
     assert ("Not run by the tests" in header) == (name not in LAUNCHED)
+
+
+def test_a_recipe_in_two_processes_is_the_recipe_in_one(tmp_path) -> None:
+    rows = [{"text": f"a {word} day, number {i}", "label": word} for i in range(24) for word in ("bright", "dark")]
+    arguments = {
+        "model_name_or_path": save_backbone(tmp_path / "model", [row["text"] for row in rows]),
+        "train_file": write_rows(tmp_path / "train.jsonl", rows[:32]),
+        "validation_file": write_rows(tmp_path / "validation.jsonl", rows[33:]),  # 15: not the same number for both
+        "max_length": 40,
+        "num_virtual_tokens": 4,
+        "max_steps": 6,
+        "logging_steps": 1,
+        "learning_rate": 0.01,
+        "eval_strategy": "no",
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "use_cpu": True,
+    }
+    text_classification.main(as_words({**arguments, "per_device_train_batch_size": 8, "output_dir": tmp_path / "one"}))
+    two = {**arguments, "per_device_train_batch_size": 4, "output_dir": tmp_path / "two"}
+    launch("ddp.yaml", str(CONFIGS.parent / "text_classification.py"), *as_words(two))
+
+    def files(folder: Path) -> set[str]:
+        return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+    states = {f"checkpoint-{step}/rng_state" for step in (3, 6)}
+    expected = files(tmp_path / "one") - {f"{state}.pth" for state in states}
+    assert files(tmp_path / "two") == expected | {f"{state}_{process}.pth" for state in states for process in (0, 1)}
+
+    one, two = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
+    for key in ("loss", "prompt_norm", "prompt_effect"):
+        values = [[entry[key] for entry in run["history"]] for run in (one, two)]
+        assert values[0] == pytest.approx(values[1], rel=1e-4), key
+    for key in ("accuracy", "macro_f1"):  # the loss counts rows that fill up the last batch
+        assert one["after"][key] == two["after"][key]
+    predictions = [read_rows(tmp_path / name / "predictions.jsonl") for name in ("one", "two")]
+    for row, other in zip(*predictions, strict=True):
+        assert row["text"] == other["text"]
+        assert row["probability"] == pytest.approx(other["probability"], abs=1e-4)

@@ -361,7 +361,7 @@ def test_a_prompt_that_starts_at_tokens_is_those_tokens_in_front(name) -> None:
     expected = expected if others else expected[:, V:]
     model = get_peft_model(base, PTuningConfig(num_virtual_tokens=V)).eval()
     layer = model.base_model._layer()
-    layer.ptuning_encoders["default"].start_at(layer._embed(front))
+    layer.ptuning_encoders["default"].start_at(layer.embed_ids(front))
     torch.testing.assert_close(model(input_ids=ids, **others).logits, expected, rtol=0, atol=1e-5)
 
 
