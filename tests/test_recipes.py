@@ -177,7 +177,9 @@ def test_numbers_in_csv_as_labels(tiny, tmp_path):
 def test_other_data_can_be_swapped_in_and_keep_their_names(tiny, tmp_path, monkeypatch):
     features = Features({"text": Value("string"), "label": ClassLabel(names=["no", "yes", "maybe"])})
     rows = Dataset.from_dict({"text": ["so it is", "not at all"] * 4, "label": [1, 0] * 4}, features=features)
-    monkeypatch.setattr(text_classification, "load_data", lambda *args: DatasetDict(train=rows, validation=rows))
+    unlabelled = rows.map(lambda row: {"label": -1})  # as the test splits of GLUE
+    splits = DatasetDict(train=rows, validation=rows, test=unlabelled)
+    monkeypatch.setattr(text_classification, "load_data", lambda *args: splits)
     run({**tiny, "max_steps": 1, "output_dir": tmp_path})
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["id2label"] == {"0": "no", "1": "yes", "2": "maybe"}
