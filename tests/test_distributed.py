@@ -64,7 +64,7 @@ def test_two_processes_train_as_one(config, family, tmp_path) -> None:
             assert result["is_sharded"] == is_sharded
             torch.testing.assert_close(result["prompt"], alone["prompt"], rtol=0, atol=1e-6)
             torch.testing.assert_close(result["logits"], alone["logits"], rtol=0, atol=1e-5)
-            for key in {"gradients", "losses"} & alone.keys():
+            for key in {"gradients", "losses", "watched"} & alone.keys():
                 torch.testing.assert_close(result[key], alone[key], rtol=1e-5, atol=1e-6)
             if "route" in result:
                 assert (result["route"] == "shared") == (family == "Llama" and not is_sharded)

@@ -22,11 +22,12 @@ from peft import PeftModel, get_peft_model
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainingArguments
 
-from peft_ptuning_ext import PTuningConfig
+from peft_ptuning_ext import PromptMonitor, PTuningConfig
 
 
 STEPS = 4
 BATCH = 8  # of all processes together
+WATCHED = ["prompt_norm", "prompt_grad_norm", "prompt_shift", "prompt_effect"]
 DEADLINE = 150  # seconds
 
 CASES = {
@@ -123,12 +124,15 @@ def train_with_trainer(family: str, folder: Path) -> dict:
     )
     rows = make_rows(family, 2 * BATCH, seed=0)
     trainer = Trainer(model=adapted, args=arguments, train_dataset=rows, data_collator=collate)
+    PromptMonitor.watch(trainer)
     trainer.train()
-    losses = torch.tensor([log["loss"] for log in trainer.state.log_history if "loss" in log])
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    losses, watched = ([[log[key] for log in logs] for key in keys] for keys in (["loss"], WATCHED))
     logits = torch.from_numpy(trainer.predict(make_rows(family, 5, seed=99)).predictions)
     prompt = gather(adapted.prompt_embeddings())
     trainer.save_model()
-    return {"prompt": prompt, "logits": logits, "losses": losses, "is_sharded": is_sharded(adapted)}
+    logged = {"losses": torch.tensor(losses), "watched": torch.tensor(watched)}
+    return {"prompt": prompt, "logits": logits, "is_sharded": is_sharded(adapted), **logged}
 
 
 TRAINED = {"by hand": train_by_hand, "Trainer": train_with_trainer}
