@@ -9,9 +9,11 @@ import accelerate_loop
 import pytest
 import report
 import torch
+import yaml
+from arguments import parse_arguments
 from peft import PeftModel
 from safetensors.torch import load_file
-from tiny_recipes import as_words, read_rows, save_backbone, write_rows
+from tiny_recipes import RECIPES, as_words, read_rows, save_backbone, write_rows
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 
@@ -171,3 +173,13 @@ def test_it_is_pushed_without_checkpoints(tiny, tmp_path, monkeypatch):
 def test_tensorboard_is_written_when_asked_for(tiny, tmp_path):
     run({**tiny, "num_train_epochs": 1, "report_to": "tensorboard", "output_dir": tmp_path})
     assert list(tmp_path.rglob("events.out.tfevents.*"))
+
+
+def test_its_config_file_is_understood():
+    file = RECIPES / "configs" / "accelerate_loop.yaml"
+    recipe = accelerate_loop
+    dataclasses = [recipe.ModelArguments, recipe.DataArguments, recipe.ColumnArguments, recipe.MethodArguments]
+    parsed = parse_arguments([*dataclasses, recipe.LoopArguments], {}, [str(file)])
+    values = {name: value for part in parsed for name, value in vars(part).items()}
+    for name, value in yaml.safe_load(file.read_text()).items():
+        assert values[name] == (float(value) if name == "learning_rate" else value), name
