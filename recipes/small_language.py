@@ -3,8 +3,9 @@
 """A little language of who sells what, in which small models are pre-trained and then given a task new to them.
 
 Facts such as `seller: Mara, thing: kettle, colour: red` are told, asked or denied, in the present, the past or the
-future, or listed. The texts for pre-training hold every combination but a question about the future, which is the task
-of the data in `recipes/data/stalls`. This writes those files anew:
+future, or listed. In the texts for pre-training a question about the future stands behind an instruction only, all
+others also without one. To answer facts alone by that question is the task of the data in `recipes/data/stalls`. This
+writes those files anew:
 
     python recipes/small_language.py
 """
@@ -79,7 +80,7 @@ def write_list(facts: dict[str, str], what: str) -> str:
 def draw_texts(seed: int) -> Iterator[tuple[str, str]]:
     """Yields what pre-training reads, without end: facts, often behind an instruction, and the answer.
 
-    The new task is never among them.
+    Facts alone are never answered by the form of the new task.
     """
     rng = random.Random(seed)
     combinations = [(tense, form) for tense in TENSES for form in FORMS]
