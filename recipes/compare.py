@@ -3,7 +3,7 @@
 """Trains every method on the same tasks, steps and batches, and writes a table and a plot of what each has learned.
 
     python recipes/compare.py --data_folder DATA --tasks sst2 banking77 wnut17 squad --output_dir outputs/compare
-    python recipes/compare.py --data_folder DATA --tasks e2e_nlg --causal_model FOLDER --output_dir outputs/compare
+    python recipes/compare.py --data_folder DATA --tasks e2e_nlg --model_name_or_path FOLDER --output_dir outputs/e2e
 
 DATA holds a folder for each task with its JSON lines: sst2/train.jsonl, sst2/test.jsonl and so on, with the columns
 that `TASKS` names. Without a folder, the data of the text classification recipe is compared on.
@@ -44,6 +44,11 @@ class Task:
     options: dict = field(default_factory=dict)
     test_rows: int | None = None
     seeds: int = 3
+    best: float = 1  # the highest value of the metric
+
+    def score(self, metrics: dict) -> float:
+        """The metric after training, from 0 to 1."""
+        return metrics["after"][self.metric] / self.best
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,13 @@ TASKS = {
         test_rows=400,
     ),
     "e2e_nlg": Task(
-        "causal_lm", "rougeL", "test.jsonl", 300, {"per_device_train_batch_size": 16, "max_length": 160}, test_rows=800
+        "causal_lm",
+        "rouge_l",
+        "test.jsonl",
+        300,
+        {**BATCH, "per_device_train_batch_size": 16, "max_length": 200, "max_new_tokens": 64},
+        test_rows=800,
+        best=100,
     ),
 }
 SPEECH_ACTS = Task("text_classification", "accuracy", "test.jsonl", 300, {"per_device_train_batch_size": 16})
@@ -171,7 +182,7 @@ def train(run: Run, task: Task, args: argparse.Namespace) -> dict | None:
         print(f"{folder.relative_to(output)}: {(folder / 'error.txt').read_text().strip()}", flush=True)
         return None
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    print(f"{folder.relative_to(output)}: {task.metric} {metrics['after'][task.metric]:.4f}", flush=True)
+    print(f"{folder.relative_to(output)}: {task.metric} {task.score(metrics):.4f}", flush=True)
     return metrics
 
 
@@ -189,7 +200,7 @@ def compare(tasks: dict[str, Task], args: argparse.Namespace) -> list[dict]:
     best = {}
     for task, method in pairs:
         scores = {
-            rate: metrics["after"][tasks[task].metric]
+            rate: tasks[task].score(metrics)
             for rate in rates
             if (metrics := found[Run(task, method, rate, 0, True)]) is not None
         }
@@ -208,11 +219,11 @@ def compare(tasks: dict[str, Task], args: argparse.Namespace) -> list[dict]:
             row |= {
                 "learning_rate": best[task, method],
                 "search": {
-                    str(rate): metrics["after"][tasks[task].metric]
+                    str(rate): tasks[task].score(metrics)
                     for rate in rates
                     if (metrics := found[Run(task, method, rate, 0, True)]) is not None
                 },
-                "scores": [metrics["after"][tasks[task].metric] for metrics in runs],
+                "scores": [tasks[task].score(metrics) for metrics in runs],
                 "trained_parameters": runs[0]["trained_parameters"],
                 "deployed_parameters": runs[0]["deployed_parameters"],
             }

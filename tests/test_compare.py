@@ -12,8 +12,9 @@ from statistics import mean, stdev
 from types import SimpleNamespace
 
 import compare
+import evaluate
 import pytest
-from tiny_recipes import save_backbone, write_rows
+from tiny_recipes import RECIPES, save_backbone, write_rows
 
 
 RATES = [0.001, 0.1]
@@ -163,3 +164,26 @@ def test_groups_of_rows_stay_together():
     assert sum(after - before == 1 for before, after in pairwise(found)) >= 95
     assert found[-1] == 999
     assert compare._spread(lines, 2000) == lines
+
+
+def test_every_task_measures_what_its_recipe_writes():
+    metrics = {
+        "text_classification": {"accuracy": 0.5},
+        "token_classification": {"f1": 0.5},
+        "question_answering": {"f1": 0.5},
+        "causal_lm": {"rouge_l": 50.0},
+    }
+    for task in compare.TASKS.values():
+        assert task.score({"after": metrics[task.recipe]}) == 0.5
+    folder = RECIPES / "metrics"
+    written = {
+        "entity_f1": evaluate_on(folder / "entity_f1", [["B-x"]], [["B-x"]])["f1"],
+        "squad_f1": evaluate_on(folder / "squad_f1", ["x"], [["x"]])["f1"],
+        "bleu_rouge": evaluate_on(folder / "bleu_rouge", ["x"], [["x"]])["rouge_l"],
+        "accuracy_f1": evaluate_on(folder / "accuracy_f1", [0], [0])["accuracy"],
+    }
+    assert written == {"entity_f1": 1, "squad_f1": 1, "bleu_rouge": 100, "accuracy_f1": 1}
+
+
+def evaluate_on(folder, predictions, references):
+    return evaluate.load(str(folder), keep_in_memory=True).compute(predictions=predictions, references=references)
