@@ -5,16 +5,19 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 from peft.utils.integrations import gather_params_ctx
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 
 from .layer import PTuningLayer
 
+
+if TYPE_CHECKING:  # they take longer to import than all of this package
+    from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 MIN_SHIFT = 0.01
 MIN_EFFECT = 0.001
@@ -26,7 +29,8 @@ class PromptMonitor(TrainerCallback):
     Each log entry that has a loss gains
 
     - `prompt_norm`: mean L2 norm of the V vectors;
-    - `prompt_grad_norm`: L2 norm of the gradient of the prompt encoder's parameters, after clipping;
+    - `prompt_grad_norm`: L2 norm of the gradient of the prompt encoder's parameters, after clipping. Left out where
+      they have none to show, as under DeepSpeed, which keeps gradients to itself;
     - `prompt_shift`: how far the prompt is from where training began, relative to its norm there;
     - `prompt_effect`: how much the model's outputs differ from those without the prompt (the head stays), relative to
       their norm, on the first rows of the training data. Left out where the data set can't be indexed or the model not
@@ -62,7 +66,8 @@ class PromptMonitor(TrainerCallback):
         layer = _find_layer(model)
         self._start = _prompt(layer)  # (V, H)
         self._first_step = state.global_step
-        self._grad_norm, self._highest_grad_norm = 0.0, 0.0
+        self._grad_norm: Optional[torch.Tensor] = None  # of the last step, read when it is logged
+        self._highest_grad_norm = 0.0
         self._losses: list[float] = []
         self._has_warned = False
         self._batch = self._first_rows(kwargs.get("train_dataloader"), args.device)
@@ -72,8 +77,9 @@ class PromptMonitor(TrainerCallback):
     ) -> None:
         layer = _find_layer(model)
         encoder = layer.ptuning_encoders[layer.active_adapters[0]]
-        norms = [_whole(p.grad).norm() for p in encoder.parameters() if p.grad is not None]
-        self._grad_norm = torch.stack(norms).norm() if norms else torch.zeros(())  # read when it is logged
+        trained = [p for p in encoder.parameters() if p.requires_grad]
+        norms = [_whole(p.grad).norm() for p in trained if p.grad is not None]
+        self._grad_norm = torch.stack(norms).norm() if norms else None if trained else torch.zeros(())
 
     def on_log(
         self,
@@ -90,9 +96,11 @@ class PromptMonitor(TrainerCallback):
         prompt = _prompt(layer)
         values = {
             "prompt_norm": float(prompt.norm(dim=-1).mean()),
-            "prompt_grad_norm": float(self._grad_norm),
             "prompt_shift": float((prompt - self._start).norm() / self._start.norm()),
         }
+        if self._grad_norm is not None:
+            values["prompt_grad_norm"] = float(self._grad_norm)
+            self._highest_grad_norm = max(self._highest_grad_norm, values["prompt_grad_norm"])
         if self._batch is not None:
             try:
                 values["prompt_effect"] = _effect(model, layer, self._batch)
@@ -101,7 +109,6 @@ class PromptMonitor(TrainerCallback):
         logs.update(values)
         state.log_history[-1].update(values)
 
-        self._highest_grad_norm = max(self._highest_grad_norm, values["prompt_grad_norm"])
         self._losses.append(float(logs["loss"]))
         steps = state.global_step - self._first_step
         if steps >= self.patience and not self._has_warned:
@@ -116,7 +123,7 @@ class PromptMonitor(TrainerCallback):
         first, last = sum(self._losses[:third]), sum(self._losses[len(self._losses) - third :])
         if not all(torch.isfinite(torch.tensor(list(values.values())))):
             return "it has values that are not finite"
-        if self._highest_grad_norm == 0:
+        if "prompt_grad_norm" in values and self._highest_grad_norm == 0:
             return "no gradient has reached it"
         if values["prompt_shift"] < MIN_SHIFT:
             return f"it has moved by {values['prompt_shift']:.2%} of its norm only"
@@ -140,7 +147,7 @@ def _advise(symptom: str, steps: int, learning_rate: float) -> str:
     return (
         f"After {steps} steps the prompt does not seem to learn: {symptom}. Prompts need a higher learning rate than "
         f"weights, 1e-3 to 5e-2 with plain vectors (`learning_rate` is {learning_rate:g}), with warm-up. Then try "
-        'another start (`prompt_tuning_init="SAMPLE_VOCAB"` or `"TEXT"`) or `encoder_reparameterization_type="MLP"`. '
+        'another start (`prompt_tuning_init="SAMPLE_VOCAB"` or `"TEXT"`). '
         "Without any gradient, look at the labels first: all of them may be ignored."
     )
 

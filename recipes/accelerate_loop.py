@@ -17,8 +17,8 @@ from typing import Literal
 
 import evaluate
 import torch
-from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate import Accelerator, PartialState
+from accelerate.utils import extract_model_from_parallel, set_seed
 from arguments import DataArguments, MethodArguments, ModelArguments, parse_arguments
 from huggingface_hub import create_repo
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
@@ -56,17 +56,17 @@ class LoopArguments:
 
 
 def save_trained_only(models: list, weights: list, folder: str) -> None:
-    """For `Accelerator.save_state`: an adapter in place of the whole model."""
-    for model in models:
-        if isinstance(model, PeftModel):
-            model.save_pretrained(folder, state_dict=weights.pop())
+    """For `Accelerator.save_state`: an adapter in place of the whole model, unless that is sharded and saved."""
+    model = extract_model_from_parallel(models[0])
+    if weights and isinstance(model, PeftModel):
+        weights.clear()
+        model.save_pretrained(folder, is_main_process=PartialState().is_main_process)
 
 
 def load_trained_only(models: list, folder: str) -> None:
     """For `Accelerator.load_state`: see `save_trained_only`."""
-    for model in [model for model in models if isinstance(model, PeftModel)]:
-        set_peft_model_state_dict(model, load_peft_weights(folder))
-        models.remove(model)
+    if (Path(folder) / "adapter_model.safetensors").is_file():
+        set_peft_model_state_dict(extract_model_from_parallel(models.pop()), load_peft_weights(folder))
 
 
 def save_checkpoint(accelerator: Accelerator, folder: Path, history: list[dict]) -> None:
@@ -187,9 +187,10 @@ def main(argv: list[str] | None = None) -> None:
     after, logits, truth = measure(measured)
     accelerator.end_training()
 
+    state = accelerator.get_state_dict(model)  # by all processes, which may have parts of it
     if accelerator.is_main_process:
         model = accelerator.unwrap_model(model)
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=state)
         tokenizer.save_pretrained(folder)
         results = write_results(folder, model, before, after, history)
         probabilities = logits.softmax(-1)

@@ -144,7 +144,9 @@ def train(run: Run, task: Task, args: argparse.Namespace) -> dict | None:
     """Runs a recipe unless it has been, and returns its `metrics.json`, or `None` if it refused or failed."""
     output = Path(args.output_dir)
     folder = run.folder(output)
-    if not (folder / "metrics.json").is_file() and not (folder / "error.txt").is_file():
+    error = folder / "error.txt"
+    if not (folder / "metrics.json").is_file():
+        error.unlink(missing_ok=True)
         prefix = "search_" if run.is_search else ""
         options = {
             "train_file": output / run.task / f"{prefix}train.jsonl",
@@ -177,10 +179,9 @@ def train(run: Run, task: Task, args: argparse.Namespace) -> dict | None:
             weights.unlink()
         if done.returncode != 0:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "error.txt").write_text(done.stderr.strip().splitlines()[-1] + "\n", encoding="utf-8")
-    if (folder / "error.txt").is_file():
-        print(f"{folder.relative_to(output)}: {(folder / 'error.txt').read_text().strip()}", flush=True)
-        return None
+            error.write_text(done.stderr.strip().splitlines()[-1] + "\n", encoding="utf-8")
+            print(f"{folder.relative_to(output)}: {error.read_text(encoding='utf-8').strip()}", flush=True)
+            return None
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     print(f"{folder.relative_to(output)}: {task.metric} {task.score(metrics):.4f}", flush=True)
     return metrics
@@ -188,48 +189,40 @@ def train(run: Run, task: Task, args: argparse.Namespace) -> dict | None:
 
 def compare(tasks: dict[str, Task], args: argparse.Namespace) -> list[dict]:
     """Runs what is missing and returns one row per task and method."""
-    pool = ThreadPoolExecutor(args.workers)
-    rates = args.learning_rates
-
-    def train_all(runs: list[Run]) -> list[dict | None]:
-        return list(pool.map(lambda run: train(run, tasks[run.task], args), runs))
-
+    output = Path(args.output_dir)
     pairs = [(task, method) for task in tasks for method in args.methods]
-    searches = [Run(task, method, rate, 0, True) for task, method in pairs for rate in rates]
-    found = dict(zip(searches, train_all(searches), strict=True))
-    best = {}
-    for task, method in pairs:
-        scores = {
-            rate: tasks[task].score(metrics)
-            for rate in rates
-            if (metrics := found[Run(task, method, rate, 0, True)]) is not None
-        }
-        if scores:
-            best[task, method] = max(scores, key=scores.get)
     seeds = {task: range(args.seeds or tasks[task].seeds) for task in tasks}
-    tests = [Run(task, method, rate, seed, False) for (task, method), rate in best.items() for seed in seeds[task]]
-    measured = dict(zip(tests, train_all(tests), strict=True))
+
+    with ThreadPoolExecutor(args.workers) as pool:
+
+        def train_all(runs: list[Run]) -> dict[Run, dict | None]:
+            return dict(zip(runs, pool.map(lambda run: train(run, tasks[run.task], args), runs), strict=True))
+
+        searched = {pair: {} for pair in pairs}
+        searches = [Run(*pair, rate, 0, True) for pair in pairs for rate in args.learning_rates]
+        for run, metrics in train_all(searches).items():
+            if metrics is not None:
+                searched[run.task, run.method][run.learning_rate] = tasks[run.task].score(metrics)
+        best = {pair: max(scores, key=scores.get) for pair, scores in searched.items() if scores}
+        tests = [Run(*pair, rate, seed, False) for pair, rate in best.items() for seed in seeds[pair[0]]]
+        measured = train_all(tests)
 
     rows = []
     for task, method in pairs:
         row = {"task": task, "method": method, "metric": tasks[task].metric}
-        if (task, method) in best:
-            runs = [measured[Run(task, method, best[task, method], seed, False)] for seed in seeds[task]]
-            runs = [metrics for metrics in runs if metrics is not None]
+        runs = [run for run in [*measured, *searches] if (run.task, run.method) == (task, method)]
+        runs = [run for run in runs if run.is_search == ((task, method) not in best)]
+        errors = [run.folder(output) / "error.txt" for run in runs]
+        if error := next((path for path in errors if path.is_file()), None):
+            row["error"] = error.read_text(encoding="utf-8").strip()
+        else:
             row |= {
                 "learning_rate": best[task, method],
-                "search": {
-                    str(rate): tasks[task].score(metrics)
-                    for rate in rates
-                    if (metrics := found[Run(task, method, rate, 0, True)]) is not None
-                },
-                "scores": [tasks[task].score(metrics) for metrics in runs],
-                "trained_parameters": runs[0]["trained_parameters"],
-                "deployed_parameters": runs[0]["deployed_parameters"],
+                "search": {str(rate): score for rate, score in searched[task, method].items()},
+                "scores": [tasks[task].score(measured[run]) for run in runs],
+                "trained_parameters": measured[runs[0]]["trained_parameters"],
+                "deployed_parameters": measured[runs[0]]["deployed_parameters"],
             }
-        else:
-            folder = Run(task, method, rates[0], 0, True).folder(Path(args.output_dir))
-            row["error"] = (folder / "error.txt").read_text(encoding="utf-8").strip()
         rows.append(row)
     return rows
 

@@ -81,17 +81,12 @@ def count_parameters(model: PeftModel | PreTrainedModel) -> tuple[int, int]:
 
     A network that produces a prompt is not deployed, only the V × H numbers that come out of it.
     """
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    count = sum(_size(parameter) for parameter in trained.values())
-    encoders = ("ptuning_encoders", "prompt_encoder")
-    prompt = sum(_size(p) for name, p in trained.items() if any(encoder in name for encoder in encoders))
-    if not prompt:
-        return count, count
-    if hasattr(model, "prompt_embeddings"):
-        produced = model.prompt_embeddings()  # (V, H)
-    else:
-        produced = model.get_prompt_embedding_to_save(model.active_adapter)  # (V, H)
-    return count, count - prompt + produced.numel()
+    sizes = {name: _size(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    encoders = ("ptuning_encoders.", "prompt_encoder.")
+    network = [name for name in sizes if any(encoder in name for encoder in encoders)]
+    # What goes into a network has the size of what comes out, here and in PEFT.
+    dropped = sum(sizes[name] for name in network if not name.removesuffix(".weight").endswith(".embedding"))
+    return sum(sizes.values()), sum(sizes.values()) - dropped
 
 
 def _size(parameter: torch.nn.Parameter) -> int:

@@ -227,6 +227,6 @@ def push(folder: Path, repo_id: str, token: str | None, revision: str | None = N
         folder_path=folder,
         revision=revision,
         token=token,
-        ignore_patterns=["checkpoint-*", "runs/*"],
+        ignore_patterns=["checkpoint-*", "runs/*", "training_args.bin"],  # the last holds the token
         commit_message="End of training",
     )

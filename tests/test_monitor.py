@@ -169,6 +169,31 @@ def test_a_batch_that_the_model_does_not_take_has_no_effect_logged(tmp_path) -> 
     assert all(entry.keys() & VALUES == VALUES - {"prompt_effect"} for entry in logged(trainer))
 
 
+def test_gradients_that_are_kept_elsewhere_are_not_missed(tmp_path) -> None:
+    gradients = {}
+
+    class Take(TrainerCallback):
+        """As DeepSpeed: the parameters have no gradients when the optimizer steps."""
+
+        def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+            for parameter in model.parameters():
+                gradients[parameter], parameter.grad = parameter.grad, None
+
+    class GiveBack(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+            for parameter in model.parameters():
+                parameter.grad = gradients[parameter]
+
+    trainer = make_trainer(tmp_path, max_steps=24, learning_rate=3e-2)
+    trainer.add_callback(GiveBack())
+    PromptMonitor.watch(trainer, patience=4)
+    trainer.callback_handler.callbacks.insert(0, Take())
+    trainer.train()  # a warning would be an error
+    entries = logged(trainer)
+    assert all(entry.keys() & VALUES == VALUES - {"prompt_grad_norm"} for entry in entries)
+    assert entries[-1]["prompt_shift"] > 0
+
+
 def frozen(trainer: Trainer) -> None:
     for name, parameter in trainer.model.named_parameters():
         if "ptuning_encoders" in name:
@@ -212,7 +237,7 @@ def test_a_prompt_that_does_not_learn_is_told_once(change, arguments, symptom, t
 
 def test_outputs_like_the_bases_are_told(tmp_path, monkeypatch) -> None:
     trainer = make_trainer(tmp_path)
-    # A prompt that changes is read here as if every row attended to itself only.
+    # No tiny model learns from a prompt that it does not see, so the effect is given.
     monkeypatch.setattr("peft_ptuning_ext.monitor._effect", lambda *args: 1e-5)
     PromptMonitor.watch(trainer, patience=4)
     with pytest.warns(UserWarning, match=r"changes the model's outputs by 0\.00% only"):
