@@ -18,7 +18,7 @@ from typing import Literal
 import evaluate
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import extract_model_from_parallel, set_seed
+from accelerate.utils import DataLoaderConfiguration, extract_model_from_parallel, set_seed
 from arguments import DataArguments, MethodArguments, ModelArguments, parse_arguments
 from huggingface_hub import create_repo
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
@@ -101,6 +101,7 @@ def main(argv: list[str] | None = None) -> None:
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         log_with=args.report_to,
         project_dir=folder,
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),  # one order for any number of processes
         cpu=args.use_cpu,
     )
     set_seed(args.seed)
@@ -154,6 +155,7 @@ def main(argv: list[str] | None = None) -> None:
         disable=not accelerator.is_local_main_process,
     )
     for epoch in range(first_epoch + 1, args.num_train_epochs + 1):
+        train_loader.set_epoch(epoch)  # the order is a matter of seed and epoch, when resumed, too
         losses = []
         for batch in train_loader:
             with accelerator.accumulate(model):

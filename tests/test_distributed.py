@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import accelerate_loop
 import pytest
 import text_classification
 import torch
@@ -154,3 +155,30 @@ def test_a_recipe_in_two_processes_is_the_recipe_in_one(tmp_path) -> None:
     for row, other in zip(*predictions, strict=True):
         assert row["text"] == other["text"]
         assert row["probability"] == pytest.approx(other["probability"], abs=1e-4)
+
+
+def test_the_loop_in_two_processes_is_the_loop_in_one(tmp_path) -> None:
+    rows = [{"text": f"a {word} day, number {i}", "label": word} for i in range(24) for word in ("bright", "dark")]
+    arguments = {
+        "model_name_or_path": save_backbone(tmp_path / "model", [row["text"] for row in rows]),
+        "train_file": write_rows(tmp_path / "train.jsonl", rows[:32]),
+        "validation_file": write_rows(tmp_path / "validation.jsonl", rows[32:]),
+        "max_length": 40,
+        "num_virtual_tokens": 4,
+        "num_train_epochs": 2,
+        "learning_rate": 0.01,
+        "warmup_ratio": 0.25,  # whole steps in both
+        "load_best_model_at_end": True,  # which reads a checkpoint
+        "use_cpu": True,
+    }
+    accelerate_loop.main(as_words({**arguments, "per_device_train_batch_size": 8, "output_dir": tmp_path / "one"}))
+    two = {**arguments, "per_device_train_batch_size": 4, "output_dir": tmp_path / "two"}
+    launch("ddp.yaml", str(CONFIGS.parent / "accelerate_loop.py"), *as_words(two))
+    one, two = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
+    for entry, other in zip(one["history"], two["history"], strict=True):
+        assert entry == pytest.approx(other, rel=1e-4)
+    assert one["after"] == pytest.approx(two["after"], rel=1e-4)
+    checkpoints = sorted(path.name for path in (tmp_path / "one").glob("checkpoint-*"))
+    assert checkpoints == sorted(path.name for path in (tmp_path / "two").glob("checkpoint-*"))
+    assert not [path for name in ("model*", "pytorch_model*") for path in (tmp_path / "two").rglob(name)]
+    assert (tmp_path / "two" / checkpoints[0] / "adapter_model.safetensors").is_file()
