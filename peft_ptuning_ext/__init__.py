@@ -7,6 +7,7 @@ Importing this package registers the method with PEFT and has no other effect.
 
 from .config import PromptEncoderType, PTuningConfig
 from .encoder import PromptEncoder
+from .export import export_to_peft, fold_prompt, import_from_peft, to_prompt_embeds
 from .layer import PTuningLayer
 from .monitor import PromptMonitor
 from .registration import register
@@ -15,6 +16,17 @@ from .tuner import PTuningModel
 
 __version__ = "0.1.0.dev0"
 
-__all__ = ["PTuningConfig", "PTuningLayer", "PTuningModel", "PromptEncoder", "PromptEncoderType", "PromptMonitor"]
+__all__ = [
+    "PTuningConfig",
+    "PTuningLayer",
+    "PTuningModel",
+    "PromptEncoder",
+    "PromptEncoderType",
+    "PromptMonitor",
+    "export_to_peft",
+    "fold_prompt",
+    "import_from_peft",
+    "to_prompt_embeds",
+]
 
 register(PTuningConfig, PTuningModel)

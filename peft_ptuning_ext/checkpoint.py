@@ -90,6 +90,28 @@ def check_file(path: str, expected: Mapping[str, torch.Tensor]) -> None:
         raise ValueError(f"{path} is not a readable safetensors file (truncated or damaged?): {error}") from error
 
 
+def read_tensors(path: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """Reads a safetensors file after the shapes of the tensors in `shapes` were checked.
+
+    Raises:
+        ValueError: The file can't be read, lacks one of them, or it has another shape.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            keys = list(file.keys())
+            for name, expected in shapes.items():
+                if name not in keys:
+                    raise ValueError(f"{path} has no {name!r}.")
+                if (found := tuple(file.get_slice(name).get_shape())) != expected:
+                    raise ValueError(
+                        f"{path}: {name!r} has shape {found}, expected {expected}. The adapter was made for a "
+                        "model of another width, or its config is another's."
+                    )
+            return {key: file.get_tensor(key) for key in keys}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a readable safetensors file (truncated or damaged?): {error}") from error
+
+
 def check_state(state: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
     """Checks the encoder in an adapter's state dict, as [`check_file`] does."""
     found = {key.rpartition(ENCODER_KEY)[2]: value for key, value in state.items() if ENCODER_KEY in key}

@@ -30,7 +30,7 @@ from sources import DATA
 
 
 RECIPES = Path(__file__).resolve().parent
-LEARNING_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+LEARNING_RATES = (3e-3, 1e-2, 3e-2, 1e-1)
 
 
 @dataclass(frozen=True)
