@@ -11,6 +11,7 @@ from .export import export_to_peft, fold_prompt, import_from_peft, to_prompt_emb
 from .layer import PTuningLayer
 from .monitor import PromptMonitor
 from .registration import register
+from .standalone import export_standalone
 from .tuner import PTuningModel
 
 
@@ -23,6 +24,7 @@ __all__ = [
     "PromptEncoder",
     "PromptEncoderType",
     "PromptMonitor",
+    "export_standalone",
     "export_to_peft",
     "fold_prompt",
     "import_from_peft",

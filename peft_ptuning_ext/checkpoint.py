@@ -5,8 +5,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Optional
 
 import torch
@@ -67,6 +70,26 @@ class CheckpointSource:
             f"{folder} has an adapter config but no {SAFETENSORS_WEIGHTS_NAME} beside it. To start a new adapter with "
             "its settings, pass `dataclasses.replace(config)`."
         )
+
+
+@contextmanager
+def replacing(directory: str | os.PathLike) -> Iterator[Path]:
+    """Yields an empty folder whose files are moved into `directory` when the block ends, and are gone if it fails.
+
+    Each file is moved in one step, so that a process that is killed leaves whole files, and those that were there as
+    long as the block ran.
+    """
+    directory = Path(directory)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"{directory} is a file, and a folder is needed.")
+    with TemporaryDirectory(prefix=f".{directory.name}-", dir=directory.parent) as folder:
+        yield Path(folder)
+        # The files that describe the others come last.
+        files = [path.relative_to(folder) for path in Path(folder).rglob("*") if path.is_file()]
+        for path in sorted(files, key=lambda path: (path.suffix == ".json", path)):
+            (directory / path).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(folder / path, directory / path)
 
 
 def check_file(path: str, expected: Mapping[str, torch.Tensor]) -> None:

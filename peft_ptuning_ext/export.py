@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .backbone import Backbone, find_backbone
-from .checkpoint import ENCODER_KEY, CheckpointSource, read_tensors
+from .checkpoint import ENCODER_KEY, CheckpointSource, read_tensors, replacing
 from .config import PromptEncoderType, PTuningConfig
 from .encoder import build_encoder
 from .layer import PTuningLayer
@@ -151,9 +151,9 @@ def export_to_peft(
         revision=adapter.config.revision,
         inference_mode=True,
     )
-    os.makedirs(directory, exist_ok=True)
-    save_file(tensors, os.path.join(directory, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
-    config.save_pretrained(directory)
+    with replacing(directory) as folder:
+        save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        config.save_pretrained(folder)
 
 
 def import_from_peft(
