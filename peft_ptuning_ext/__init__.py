@@ -7,7 +7,7 @@ Importing this package registers the method with PEFT and has no other effect.
 
 from .config import PromptEncoderType, PTuningConfig
 from .encoder import PromptEncoder
-from .export import export_to_peft, fold_prompt, import_from_peft, to_prompt_embeds
+from .export import export_to_peft, fold_prompt, import_from_peft, make_model_card, to_prompt_embeds
 from .layer import PTuningLayer
 from .monitor import PromptMonitor
 from .registration import register
@@ -28,6 +28,7 @@ __all__ = [
     "export_to_peft",
     "fold_prompt",
     "import_from_peft",
+    "make_model_card",
     "to_prompt_embeds",
 ]
 

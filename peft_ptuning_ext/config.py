@@ -6,12 +6,14 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Optional, Union
 
 from peft import PeftConfig, PeftType, PromptTuningInit
 from transformers import PreTrainedTokenizerBase
 
-from .checkpoint import CheckpointSource
+from .card import complete_card
+from .checkpoint import CheckpointSource, replacing
 from .registration import PEFT_TYPE_NAME
 
 
@@ -176,6 +178,15 @@ class PTuningConfig(PeftConfig):
                 raise ValueError(
                     "prompt_tuning_init='TEXT' needs `tokenizer_name_or_path`: a name, a path or a tokenizer."
                 )
+
+    def save_pretrained(self, save_directory: str, **kwargs) -> None:
+        """Saves the config, whole or not at all. See [`~peft.PeftConfig.save_pretrained`].
+
+        Where it completes an adapter that PEFT has just saved, whose card is made of placeholders, it fills the card.
+        """
+        with replacing(save_directory) as folder:
+            super().save_pretrained(folder, **kwargs)
+        complete_card(Path(save_directory), self)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: Optional[str] = None, **kwargs):

@@ -6,16 +6,19 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Optional
 
 import torch
+from huggingface_hub import ModelCard
 from peft import PeftConfig, PeftModel, PeftType, PromptTuningConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
-from safetensors.torch import save_file
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper, get_peft_model_state_dict
+from safetensors.torch import save, save_file
 from torch import nn
 
 from .backbone import Backbone, find_backbone
+from .card import fill_card
 from .checkpoint import ENCODER_KEY, CheckpointSource, read_tensors, replacing
 from .config import PromptEncoderType, PTuningConfig
 from .encoder import build_encoder
@@ -247,6 +250,41 @@ def to_prompt_embeds(model: nn.Module, input_ids: torch.Tensor, adapter_name: Op
         raise ValueError(f"`input_ids` must be one text, shape (S,) or (1, S), got {tuple(input_ids.shape)}.")
     embeds = adapter.layer.embed(input_ids.to(adapter.layer.weight.device))
     return torch.cat([adapter.prompt().to(embeds), embeds])
+
+
+def make_model_card(
+    model: PeftModel,
+    name: str,
+    adapter_name: Optional[str] = None,
+    license: str = "unknown",
+    metrics: Optional[Mapping[str, float]] = None,
+) -> ModelCard:
+    """Makes the card of an adapter: base model, task, prompt and sizes, metrics, and the lines that load it.
+
+    `card.save(path)` writes it, `card.push_to_hub(name)` puts it on the Hub, where later pushes of the model leave it.
+
+    Args:
+        model (`PeftModel`): The model that has the adapter.
+        name (`str`): Name under which the adapter is loaded: a repository on the Hub or a folder.
+        adapter_name (`str`, *optional*): Which adapter; by default the active one.
+        license (`str`, defaults to `"unknown"`): The Hub's identifier of the licence that you give it.
+        metrics (`Mapping[str, float]`, *optional*): What was measured, by name.
+
+    Returns:
+        [`~huggingface_hub.ModelCard`]
+
+    Raises:
+        ValueError: The model has no such adapter.
+    """
+    adapter = find_adapter(model, adapter_name)
+    state = get_peft_model_state_dict(model, adapter_name=adapter.name, save_embedding_layers=False)
+    shapes = {key: tuple(value.shape) for key, value in state.items()}
+    size = len(save({key: value.contiguous() for key, value in state.items()}, metadata={"format": "pt"}))
+    base_model = adapter.config.base_model_name_or_path or getattr(adapter.base_model, "name_or_path", "")
+    card = ModelCard("---\n{}\n---\n")
+    card.data.license = license
+    fill_card(card, name, adapter.config, base_model, shapes, size, metrics)
+    return card
 
 
 def _check_stock(task_type: Optional[str], backbone: Backbone, base_model: nn.Module, force: Optional[str]) -> None:

@@ -1,0 +1,121 @@
+# SPDX-FileCopyrightText: 2026 The peft_ptuning_ext authors
+# SPDX-License-Identifier: Apache-2.0
+"""The model card says what an adapter is, and its lines load it when they are pasted."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from families import make_model
+from huggingface_hub import ModelCard
+from peft import PeftModel, get_peft_model
+from reference import V, main_output, make_batch
+
+from peft_ptuning_ext import PTuningConfig, make_model_card
+
+
+def make_adapted(folder: Path, family: str, task: str, **options) -> PeftModel:
+    """An adapted model whose base is saved in `folder`."""
+    base = make_model(family, task, **options)
+    base.save_pretrained(folder / "base")
+    base = type(base).from_pretrained(folder / "base")
+    config = PTuningConfig(task_type=task, num_virtual_tokens=V, encoder_hidden_size=8)
+    return get_peft_model(base, config).eval()
+
+
+def paste(card: ModelCard, **names) -> PeftModel:
+    """What the lines of the card load."""
+    (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    assert code.startswith("import peft_ptuning_ext\n")
+    exec(code, names)
+    return names["model"]
+
+
+@pytest.mark.filterwarnings("ignore:Could not find a config file")
+@pytest.mark.parametrize(
+    ("family", "task", "options"),
+    [
+        ("BERT", "SEQ_CLS", {"num_labels": 4}),
+        ("RoBERTa", "SEQ_CLS", {"num_labels": 3}),
+        ("BERT", "TOKEN_CLS", {"num_labels": 5}),
+        ("BERT", "QUESTION_ANS", {}),
+        ("Llama", "CAUSAL_LM", {}),
+        ("T5", "SEQ_2_SEQ_LM", {}),
+        ("BERT", "FEATURE_EXTRACTION", {}),
+    ],
+)
+def test_the_lines_of_a_card_load_the_adapter(family, task, options, tmp_path, monkeypatch) -> None:
+    model, batch = make_adapted(tmp_path, family, task, **options), make_batch(family, task)
+    model.save_pretrained(tmp_path / "my-prompt")
+    monkeypatch.chdir(tmp_path)
+    with torch.no_grad():
+        expected = main_output(model(**batch))
+        for card in (ModelCard.load("my-prompt/README.md"), make_model_card(model, "my-prompt")):
+            assert torch.equal(main_output(paste(card).eval()(**batch)), expected)
+            assert card.data.library_name == "peft"
+            assert {"p-tuning", "peft_ptuning_ext"} <= set(card.data.tags)
+            assert card.data.license == "unknown"
+            assert "[More Information Needed]" not in card.text
+            size = (tmp_path / "my-prompt" / "adapter_model.safetensors").stat().st_size
+            assert f"| saved | {size:,} bytes |" in card.text
+            trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+            assert f"| trained | {trained:,} parameters" in card.text
+            assert (
+                f"| prompt | {V} vectors of {model.base_model.prompt_embeddings().shape[1]}, encoder `MLP` |"
+                in card.text
+            )
+    assert "### Framework versions\n\n- PEFT" in (tmp_path / "my-prompt" / "README.md").read_text()
+
+
+def test_a_model_without_a_task_type_is_loaded_onto_its_base(tmp_path, monkeypatch) -> None:
+    model = get_peft_model(make_model("BERT", "masked LM"), PTuningConfig(num_virtual_tokens=V)).eval()
+    model.save_pretrained(tmp_path / "my-prompt")
+    monkeypatch.chdir(tmp_path)
+    batch = make_batch("BERT", "masked LM")
+    loaded = paste(ModelCard.load("my-prompt/README.md"), base_model=make_model("BERT", "masked LM"))
+    with torch.no_grad():
+        assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+
+
+def test_what_a_card_is_told(tmp_path) -> None:
+    model = get_peft_model(make_model("Llama", "CAUSAL_LM"), PTuningConfig(task_type="CAUSAL_LM"))
+    model.peft_config["default"].base_model_name_or_path = "someone/model"
+    card = make_model_card(model, "user/prompt", license="apache-2.0", metrics={"rouge_l": 0.51234})
+    card.save(tmp_path / "README.md")
+    data = ModelCard.load(tmp_path / "README.md").data
+    assert (data.base_model, data.license, data.metrics) == ("someone/model", "apache-2.0", ["rouge_l"])
+    assert data.pipeline_tag == "text-generation"
+    assert "| rouge_l | 0.5123 |" in card.text
+    assert 'from_pretrained("user/prompt")' in card.text
+    assert "20 vectors of 32, encoder `NONE`" in card.text
+    assert "640 parameters, of which 640 are deployed" in card.text
+
+
+def test_a_card_that_someone_wrote_stays(tmp_path) -> None:
+    model = get_peft_model(make_model("Llama", "CAUSAL_LM"), PTuningConfig(task_type="CAUSAL_LM"))
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n\nWith words of my own.\n")
+    model.save_pretrained(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.license == "mit"
+    assert card.text.startswith("# Mine\n\nWith words of my own.\n")
+    model.save_pretrained(tmp_path)
+    assert ModelCard.load(tmp_path / "README.md").text == card.text
+    model.peft_config["default"].save_pretrained(tmp_path / "config")
+    assert [path.name for path in (tmp_path / "config").iterdir()] == ["adapter_config.json"]
+
+
+def test_without_the_package_peft_has_its_own_error(tmp_path) -> None:
+    make_adapted(tmp_path, "Llama", "CAUSAL_LM").save_pretrained(tmp_path / "my-prompt")
+    program = (
+        "import sys; sys.modules['peft_ptuning_ext'] = None\n"
+        "from peft import AutoPeftModelForCausalLM\n"
+        "AutoPeftModelForCausalLM.from_pretrained('my-prompt')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode != 0
+    assert "PTUNING" in done.stderr.splitlines()[-1]
