@@ -17,6 +17,8 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
+from torch import nn
+from torch.func import functional_call
 
 
 # Attribute of the tuner layer under which the encoders are saved: `….ptuning_encoders.embedding` and so on.
@@ -80,37 +82,62 @@ def replacing(directory: str | os.PathLike) -> Iterator[Path]:
     long as the block ran.
     """
     directory = Path(directory)
-    directory.parent.mkdir(parents=True, exist_ok=True)
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"{directory} is a file, and a folder is needed.")
-    with TemporaryDirectory(prefix=f".{directory.name}-", dir=directory.parent) as folder:
-        yield Path(folder)
-        # The files that describe the others come last.
-        files = [path.relative_to(folder) for path in Path(folder).rglob("*") if path.is_file()]
-        for path in sorted(files, key=lambda path: (path.suffix == ".json", path)):
-            (directory / path).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(folder / path, directory / path)
+    made = [path for path in (directory, *directory.parents) if not path.exists()]
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        with TemporaryDirectory(prefix=".unfinished-", dir=directory) as name:
+            folder = Path(name)
+            yield folder
+            files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+            # The files that describe the others come last.
+            for path in sorted(files, key=lambda path: (path.suffix == ".json", path)):
+                (directory / path).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(folder / path, directory / path)
+    except BaseException:
+        for path in made:
+            if not any(path.iterdir()):
+                path.rmdir()
+        raise
 
 
-def check_file(path: str, expected: Mapping[str, torch.Tensor]) -> None:
-    """Checks the encoder in a safetensors file. Nothing larger than what is expected is read.
+def check_file(path: str, encoder: nn.Module, trained: Mapping[str, torch.Tensor]) -> None:
+    """Checks what a safetensors file holds for an adapter. Nothing larger than what is expected is read.
 
     Args:
         path (`str`): The file.
-        expected (`Mapping[str, torch.Tensor]`): The encoder's state, by name within the encoder; only shapes are used.
+        encoder (`nn.Module`): The encoder of the config, on the meta device.
+        trained (`Mapping[str, torch.Tensor]`): The state of modules trained beside the prompt, by name in the model.
 
     Raises:
-        ValueError: The file can't be read, or holds another encoder, or NaN or infinite values.
+        ValueError:
+            The file can't be read, or holds another encoder or other modules, or values of which some, or the prompt
+            that comes of them, are NaN or infinite.
     """
     try:
         with safe_open(path, framework="pt") as file:
             keys = list(file.keys())
             names = {key.rpartition(ENCODER_KEY)[2]: key for key in keys if ENCODER_KEY in key}
+            others = {key.removeprefix("base_model.model."): key for key in keys if ENCODER_KEY not in key}
             shapes = {name: tuple(file.get_slice(key).get_shape()) for name, key in names.items()}
-            _check_shapes(shapes, expected, path)
-            check_values({name: file.get_tensor(key) for name, key in names.items()}, path)
+            _check_shapes(shapes, encoder.state_dict(), path)
+            for name, tensor in trained.items():
+                if name not in others:
+                    raise ValueError(f"{path} lacks {name!r}, which was trained beside the prompt.")
+                if (found := tuple(file.get_slice(others[name]).get_shape())) != tuple(tensor.shape):
+                    raise ValueError(
+                        f"{path}: {name!r} has shape {found}, and the model's has {tuple(tensor.shape)}. Load the "
+                        "model with the `num_labels` that the adapter was trained with."
+                    )
+            state = {name: file.get_tensor(key) for name, key in names.items()}
+            check_values(state, path)
+            check_values({name: file.get_tensor(others[name]) for name in trained}, path)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a readable safetensors file (truncated or damaged?): {error}") from error
+    with torch.no_grad():
+        prompt = functional_call(encoder.eval(), {name: value.float() for name, value in state.items()}, ())
+    check_values({"prompt": prompt}, path)
 
 
 def read_tensors(path: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
@@ -143,10 +170,12 @@ def check_state(state: Mapping[str, torch.Tensor], expected: Mapping[str, torch.
 
 
 def check_values(tensors: Mapping[str, torch.Tensor], where: str) -> None:
-    """Raises `ValueError` if a tensor has NaN or infinite values."""
+    """Raises `ValueError` if a tensor has NaN or infinite values, or none that can be trained."""
     for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{where}: {name!r} is of type {tensor.dtype}, no floating point.")
         if not torch.isfinite(tensor).all():
-            raise ValueError(f"{where}: {name!r} of the prompt encoder holds NaN or infinite values.")
+            raise ValueError(f"{where}: {name!r} holds NaN or infinite values.")
 
 
 def _check_shapes(found: Mapping[str, tuple], expected: Mapping[str, torch.Tensor], where: str) -> None:

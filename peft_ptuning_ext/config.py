@@ -7,6 +7,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Optional, Union
 
 from peft import PeftConfig, PeftType, PromptTuningInit
@@ -29,6 +30,9 @@ class PromptEncoderType(str, enum.Enum):
 # Bounded, so that the network stays within a few tens of prompts of 20 vectors at any width.
 DEFAULT_HIDDEN_SIZE = {PromptEncoderType.MLP: 128, PromptEncoderType.LSTM: 64, PromptEncoderType.RESIDUAL: 128}
 DEFAULT_NUM_LAYERS = {PromptEncoderType.MLP: 2, PromptEncoderType.LSTM: 2, PromptEncoderType.RESIDUAL: 1}
+
+# Configs come from strangers, and a network is laid out (without memory) before the weights beside it are compared.
+MAX_SIZE, MAX_LAYERS = 2**24, 64
 
 
 @dataclass
@@ -104,6 +108,11 @@ class PTuningConfig(PeftConfig):
         if not isinstance(self.inference_mode, bool):
             raise TypeError(f"`inference_mode` must be a bool, got {self.inference_mode!r}.")
         _check_int("num_virtual_tokens", self.num_virtual_tokens)
+        for name in ("base_model_name_or_path", "revision", "peft_version"):
+            if not isinstance(getattr(self, name), (str, NoneType)):
+                raise TypeError(f"`{name}` must be a string, got {getattr(self, name)!r}.")
+        if not isinstance(self.auto_mapping, (dict, NoneType)):
+            raise TypeError(f"`auto_mapping` must be a dict, got {self.auto_mapping!r}.")
         self._check_modules_to_save()
         self._resolve_encoder()
         self._check_init()
@@ -147,7 +156,7 @@ class PTuningConfig(PeftConfig):
         if self.encoder_num_layers is None:
             self.encoder_num_layers = DEFAULT_NUM_LAYERS[encoder]
         _check_int("encoder_hidden_size", self.encoder_hidden_size)
-        _check_int("encoder_num_layers", self.encoder_num_layers)
+        _check_int("encoder_num_layers", self.encoder_num_layers, MAX_LAYERS)
         if encoder is PromptEncoderType.LSTM and self.encoder_dropout and self.encoder_num_layers < 2:
             raise ValueError(
                 "`encoder_dropout` of the LSTM lies between its stacked layers, and `encoder_num_layers` is 1. "
@@ -204,11 +213,11 @@ class PTuningConfig(PeftConfig):
         return config
 
 
-def _check_int(name: str, value: object) -> None:
+def _check_int(name: str, value: object, largest: int = MAX_SIZE) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"`{name}` must be an int, got {value!r} of type {type(value).__name__}.")
-    if value < 1:
-        raise ValueError(f"`{name}` must be at least 1, got {value}.")
+    if not 1 <= value <= largest:
+        raise ValueError(f"`{name}` must be from 1 to {largest}, got {value}.")
 
 
 def _check_choice(name: str, value: object, choices: type[enum.Enum]) -> enum.Enum:

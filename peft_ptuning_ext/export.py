@@ -202,20 +202,22 @@ def import_from_peft(
     backbone = find_backbone(bare)
     _check_stock(config.task_type, backbone, bare, force)
 
-    length, submodules = config.num_virtual_tokens, config.num_transformer_submodules or 1
-    path = CheckpointSource(str(model_id), subfolder, True, download_kwargs).find()
-    tensors = read_tensors(path, {STOCK_KEY: (length * submodules, backbone.width)})
-    # Of an encoder-decoder's rows, stock PEFT puts the first V in front of the encoder and the others nowhere.
-    prompt = tensors.pop(STOCK_KEY)[:length].clone()
-    heads = {f"base_model.model.{key.removeprefix('base_model.')}": value for key, value in tensors.items()}
     own = PTuningConfig(
         task_type=config.task_type,
-        num_virtual_tokens=length,
+        num_virtual_tokens=config.num_virtual_tokens,
         modules_to_save=config.modules_to_save,
         base_model_name_or_path=config.base_model_name_or_path,
         revision=config.revision,
         inference_mode=True,
     )
+    length, submodules = own.num_virtual_tokens, config.num_transformer_submodules
+    if submodules not in (None, 1, 2):
+        raise ValueError(f"`num_transformer_submodules` of {model_id} must be 1 or 2, got {submodules!r}.")
+    path = CheckpointSource(str(model_id), subfolder, True, download_kwargs).find()
+    tensors = read_tensors(path, {STOCK_KEY: (length * (submodules or 1), backbone.width)})
+    # Of an encoder-decoder's rows, stock PEFT puts the first V in front of the encoder and the others nowhere.
+    prompt = tensors.pop(STOCK_KEY)[:length].clone()
+    heads = {f"base_model.model.{key.removeprefix('base_model.')}": value for key, value in tensors.items()}
     with tempfile.TemporaryDirectory() as folder:
         key = f"base_model.model.{backbone.embedding_path}{ENCODER_KEY}embedding"
         save_file({key: prompt, **heads}, os.path.join(folder, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})

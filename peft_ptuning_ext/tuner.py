@@ -184,9 +184,19 @@ class PTuningModel(BaseTuner):
         source, peft_config._source = peft_config._source, None
         if source is not None and (path := source.find()) is not None:
             with torch.device("meta"):
-                expected = build_encoder(peft_config, backbone.width).state_dict()
-            check_file(path, expected)
+                encoder = build_encoder(peft_config, backbone.width)
+            check_file(path, encoder, self._trained_state(peft_config))
         return peft_config
+
+    def _trained_state(self, peft_config: PTuningConfig) -> dict[str, torch.Tensor]:
+        """The state of the modules that PEFT is to train beside the prompt, by name in the model."""
+        endings = tuple(peft_config.modules_to_save or ())
+        state = {}
+        for name, module in self.model.named_modules():
+            if name.endswith(endings) and endings:
+                module = getattr(module, "original_module", module)  # of another adapter
+                state |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
+        return state
 
     def _check_target_module_exists(self, peft_config: PTuningConfig, key: str) -> bool:
         return key == self._backbone.embedding_path

@@ -6,7 +6,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -63,7 +66,7 @@ BROKEN = {
     "missing": (lambda folder: (folder / WEIGHTS).unlink(), "has an adapter config but no adapter_model.safetensors"),
     "truncated": (_truncate, "adapter_model.safetensors is not a readable safetensors file"),
     "empty": (lambda folder: (folder / WEIGHTS).write_bytes(b""), "is not a readable safetensors file"),
-    "NaN": (lambda folder: change_weights(folder, _with_nan), "'embedding' of the prompt encoder holds NaN"),
+    "NaN": (lambda folder: change_weights(folder, _with_nan), "'embedding' holds NaN"),
     "pickle": (_as_pickle, "only the pickle adapter_model.bin.*use_safetensors=False"),
     "another length": (_longer, r"has shape \(5, 32\), expected \(6, 32\)"),
     "no offset": (lambda folder: change_weights(folder, _without), r"lacks \['offset'\]"),
@@ -185,11 +188,14 @@ def test_an_unknown_adapter_name() -> None:
 
 def test_no_memory_is_taken_for_a_length_that_the_weights_do_not_have(saved) -> None:
     config = json.loads((saved / "adapter_config.json").read_text())
-    (saved / "adapter_config.json").write_text(json.dumps(config | {"num_virtual_tokens": 10**12}))
+    (saved / "adapter_config.json").write_text(json.dumps(config | {"num_virtual_tokens": 2**24}))
     with pytest.raises(ValueError, match="has 64 positions"):
         PeftModel.from_pretrained(make_model("BERT", "SEQ_CLS"), saved)
-    with pytest.raises(ValueError, match=r"expected \(1000000000000, 32\)"):  # a model without a limit
+    with pytest.raises(ValueError, match=r"expected \(16777216, 32\)"):  # a model without a limit
         PeftModel.from_pretrained(make_model("DeBERTa-v2", "SEQ_CLS"), saved)
+    (saved / "adapter_config.json").write_text(json.dumps(config | {"num_virtual_tokens": 10**9}))
+    with pytest.raises(ValueError, match="`num_virtual_tokens` must be from 1 to 16777216, got 1000000000"):
+        PeftModel.from_pretrained(make_model("BERT", "SEQ_CLS"), saved)
 
 
 def test_an_injection_that_fails_late_leaves_the_model_as_it_was() -> None:
@@ -299,3 +305,55 @@ def test_what_would_be_silently_wrong_is_refused(arguments, message) -> None:
     assert "changed to 'sdpa'" in model.prompt_route
     with pytest.raises(ValueError, match=message):
         model.get_base_model().model(**batch, use_cache=False)
+
+
+SAVE_AND_KILL = """
+import os, random, signal, sys, time, warnings
+warnings.simplefilter("ignore")
+import torch
+torch.set_num_threads(1)
+from families import make_model
+from peft import PeftModel, get_peft_model
+from peft_ptuning_ext import PTuningConfig
+
+folder = sys.argv[1]
+config = PTuningConfig(num_virtual_tokens=5, encoder_hidden_size=8, task_type="SEQ_CLS")
+model = get_peft_model(make_model("BERT", "SEQ_CLS"), config)
+embedding = model.base_model._layer().ptuning_encoders["default"].embedding
+model.save_pretrained(folder)
+saves = 0
+for _ in range(40):
+    if (child := os.fork()) == 0:
+        while True:
+            with torch.no_grad():
+                embedding.fill_(round(time.time() % 100))
+            model.save_pretrained(folder)
+    time.sleep(0.05 + random.random() / 20)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    loaded = PeftModel.from_pretrained(make_model("BERT", "SEQ_CLS"), folder)
+    values = loaded.base_model._layer().ptuning_encoders["default"].embedding.unique()
+    saves += len(values) == 1
+print(saves)
+"""
+
+
+def test_a_save_that_is_killed_leaves_a_whole_adapter(tmp_path) -> None:
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    program = [sys.executable, "-c", SAVE_AND_KILL, str(tmp_path / "adapter")]
+    done = subprocess.run(program, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert int(done.stdout.split()[-1]) > 20  # the others were killed before their first save
+    assert {path.name for path in (tmp_path / "adapter").iterdir()} >= {"adapter_config.json", WEIGHTS}
+
+
+def test_a_config_that_can_not_be_written_leaves_the_old_one(saved, monkeypatch) -> None:
+    before = (saved / "adapter_config.json").read_bytes()
+    config = PTuningConfig(num_virtual_tokens=9)
+    monkeypatch.setattr(PTuningConfig, "to_dict", lambda self: {"a": 1, "b": object()})
+    with pytest.raises(TypeError):
+        config.save_pretrained(saved)
+    assert (saved / "adapter_config.json").read_bytes() == before
+    with pytest.raises(TypeError):
+        config.save_pretrained(saved / "new" / "folder")
+    assert not [path for path in saved.iterdir() if path.is_dir()]
