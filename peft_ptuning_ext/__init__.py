@@ -15,7 +15,7 @@ from .standalone import export_standalone
 from .tuner import PTuningModel
 
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 __all__ = [
     "PTuningConfig",

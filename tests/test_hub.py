@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -186,6 +187,15 @@ result = logits(model)
     assert run(code + "result = logits(model)", hub, folder, "reader") == expected
     loaded = "result = logits(PeftModel.from_pretrained(base(), 'user/trained'))"
     assert run(loaded, hub, folder, "reader") == expected
+
+
+def test_the_readmes_lines_share_an_adapter(hub, folder) -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "push_to_hub" in block)
+    check = "first = logits(model)\nbase = base()\n" + code + "result = [first, logits(model)]"
+    first, loaded = run(PUSH + check, hub, folder, "author")
+    assert loaded == first
+    assert "license: apache-2.0" in hub.files("user/my-prompt")["README.md"].decode()
 
 
 def test_an_upload_that_is_killed_leaves_the_repository_as_it_was(hub, folder) -> None:

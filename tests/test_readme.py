@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from families import make_model, support_table
+from peft import get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from peft_ptuning_ext import PromptMonitor
+from peft_ptuning_ext import PromptMonitor, PTuningConfig
 
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -39,7 +40,7 @@ def test_the_readmes_code_runs(tmp_path, monkeypatch) -> None:
     make_folder(tmp_path / "openai-community/gpt2", "GPT-2", "CAUSAL_LM")
     rows = [{"text": "good good", "label": 1}, {"text": "bad bad", "label": 0}] * 16
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    train, load, use, watch, ask = BLOCKS
+    train, load, use, watch, _share, stock, standalone, embed, ask = BLOCKS
     names: dict = {}
     exec(train, names)
     trained = names["model"].eval()
@@ -54,6 +55,20 @@ def test_the_readmes_code_runs(tmp_path, monkeypatch) -> None:
     ]
     exec(watch, names)
     assert any(isinstance(callback, PromptMonitor) for callback in names["trainer"].callback_handler.callbacks)
+    make_folder(tmp_path / "base", "GPT-2", "CAUSAL_LM")
+    model = get_peft_model(GPT2LMHeadModel.from_pretrained("base"), PTuningConfig(task_type="CAUSAL_LM"))
+    names |= {"model": model.eval(), "base": GPT2LMHeadModel.from_pretrained("base")}
+    names["tokenizer"] = AutoTokenizer.from_pretrained("base")
+    inputs = names["tokenizer"]("Once", return_tensors="pt")
+    expected = model(**inputs).logits
+    exec(stock, names)
+    torch.testing.assert_close(names["model"](**inputs).logits, expected, rtol=0, atol=0)
+    exec(standalone, names)
+    inputs = AutoTokenizer.from_pretrained("standalone")("Once", return_tensors="pt")
+    served = GPT2LMHeadModel.from_pretrained("standalone")(**inputs).logits
+    torch.testing.assert_close(served[:, 20:, :99], expected, rtol=1e-5, atol=1e-5)
+    exec(embed, names)
+    assert names["embeds"].shape == (20 + 1, 32)
     exec(ask, names)
     assert names["model"].prompt_route == "shared"
 
