@@ -275,7 +275,7 @@ GOOD = [{"input": "thing: lamp", "target": "a lamp"}, {"input": "thing: kite", "
         ),
         ({"longest": 3}, GOOD, GOOD, r"All 2 train rows have more than 3 tokens \(`--max_(source_)?length`\)"),
         ({"train_file": "none.jsonl"}, GOOD, GOOD, "no file none.jsonl"),
-        ({"num_virtual_tokens": 0}, GOOD, GOOD, "`num_virtual_tokens` must be at least 1"),
+        ({"num_virtual_tokens": 0}, GOOD, GOOD, "`num_virtual_tokens` must be from 1 to"),
     ],
 )
 def test_bad_input_is_refused_before_training(recipe, tiny, tmp_path, changes, train, validation, message):

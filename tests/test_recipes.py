@@ -415,7 +415,7 @@ BAD = [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}]
         ),
         ({"train_file": "none.jsonl"}, BAD, BAD, "no file none.jsonl"),
         ({"dataset_name": "some/name"}, BAD, BAD, "either `--dataset_name` or files"),
-        ({"num_virtual_tokens": 0}, BAD, BAD, "`num_virtual_tokens` must be at least 1"),
+        ({"num_virtual_tokens": 0}, BAD, BAD, "`num_virtual_tokens` must be from 1 to"),
     ],
 )
 def test_bad_input_is_refused_before_training(tiny, tmp_path, changes, train, validation, message):
