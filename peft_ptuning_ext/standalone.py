@@ -98,10 +98,10 @@ def _check_model(base_model: nn.Module, backbone: Backbone) -> None:
         allowed += READS_LAST_TOKEN
     if not any(name in names for mapping in allowed for names in mapping.values()):
         raise ValueError(
-            f"{name} can't be exported: its output is read off positions (the first token, or the mean of all), and "
-            "with the prompt in the text these would be the prompt's. Exact are token classification, question "
-            "answering, mask filling, generation, and classification by a decoder's last token. Serve this one with "
-            "the package, whose `import peft_ptuning_ext` makes `AutoPeftModelFor…` load the adapter."
+            f"{name} can't be exported: with the prompt in the text, a model that reads its output off the first "
+            "token or the mean of all would read the prompt. Known to be exact are token classification, question answering "
+            "and mask filling by an encoder or decoder, generation from text, and classification by a decoder's last "
+            "token. Serve this one with the package: after `import peft_ptuning_ext`, `AutoPeftModelFor…` loads it."
         )
 
 

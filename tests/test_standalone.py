@@ -19,7 +19,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from reference import V, main_output
 from tiny_tokenizers import BOS, CHAT, KINDS, SIZE, TEXTS, make_tokenizer
 from tokenizers import processors
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from peft_ptuning_ext import PTuningConfig, export_standalone
 
@@ -277,11 +277,11 @@ def test_a_vocabulary_shorter_than_the_embedding(tmp_path) -> None:
 
 
 REFUSED = {
-    ("BERT", "SEQ_CLS"): "read off positions",
-    ("ModernBERT", "SEQ_CLS"): "read off positions",
-    ("T5", "SEQ_CLS"): "read off positions",
+    ("BERT", "SEQ_CLS"): "off the first token or the mean of all",
+    ("ModernBERT", "SEQ_CLS"): "off the first token or the mean of all",
+    ("T5", "SEQ_CLS"): "off the first token or the mean of all",
     ("BERT", "FEATURE_EXTRACTION"): "AutoPeftModelFor",
-    ("BERT", "multiple choice"): "Exact are token classification",
+    ("BERT", "multiple choice"): "Known to be exact are token classification",
 }
 
 
@@ -309,6 +309,12 @@ def test_what_can_not_be_exported_is_refused_and_leaves_no_file(tmp_path) -> Non
     both.add_adapter(PTuningConfig(), "prompt")
     with pytest.raises(ValueError, match="Has it other adapters beside this one"):
         export_standalone(both, make_tokenizer("GPT-2"), tmp_path / "out", "prompt")
+    quantized = Case("Llama").make()
+    quantized.get_base_model().hf_quantizer = object()
+    with pytest.raises(ValueError, match="weights of this LlamaForCausalLM are quantized"):
+        export_standalone(quantized, make_tokenizer("GPT-2"), tmp_path / "out")
+    with pytest.raises(ValueError, match="Weights of this LlamaForCausalLM are offloaded"):
+        export_standalone(Case("Llama").make().to("meta"), make_tokenizer("GPT-2"), tmp_path / "out")
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="is a file, and a folder is needed"):
         export_standalone(model, make_tokenizer("GPT-2"), tmp_path / "file")
@@ -339,3 +345,32 @@ def test_an_export_replaces_files_and_leaves_others(tmp_path) -> None:
     export_standalone(Case("Llama").make(), make_tokenizer("GPT-2"), tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["vocab_size"] == SIZE + V
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_pipelines_read_the_users_tokens(tmp_path) -> None:
+    """What a pipeline returns of a text: the words and scores of the adapted model, and nothing of the prompt."""
+    tokenizer = make_tokenizer("BERT", padding_side="right")
+    text = "a bird sat on the <mask> wall"
+    inputs = tokenizer(text, return_tensors="pt")
+    model = Case("BERT", "masked LM").make()
+    export_standalone(model, tokenizer, tmp_path / "fill")
+    with torch.no_grad():
+        logits = model(**inputs).logits[0, inputs.input_ids[0].tolist().index(tokenizer.mask_token_id)]
+    found = pipeline("fill-mask", model=str(tmp_path / "fill"), device="cpu")(text, top_k=5)
+    scores, ids = logits.softmax(-1).topk(5)
+    assert [answer["token"] for answer in found] == ids.tolist()
+    assert [answer["score"] for answer in found] == pytest.approx(scores.tolist(), abs=1e-6)
+
+    text = text.replace("<mask>", "old")
+    inputs = tokenizer(text, return_tensors="pt")
+    model = Case("BERT", "TOKEN_CLS").make()
+    export_standalone(model, tokenizer, tmp_path / "tag")
+    with torch.no_grad():
+        probabilities = model(**inputs).logits[0].softmax(-1)
+    found = pipeline("token-classification", model=str(tmp_path / "tag"), device="cpu", ignore_labels=[])(text)
+    tagged = [i for i, id in enumerate(inputs.input_ids[0].tolist()) if id not in tokenizer.all_special_ids]
+    assert [answer["word"] for answer in found] == tokenizer.convert_ids_to_tokens(inputs.input_ids[0][tagged])
+    assert [answer["score"] for answer in found] == pytest.approx(
+        probabilities[tagged].max(-1).values.tolist(), abs=1e-6
+    )
+    assert [(answer["start"], answer["end"]) for answer in found] == [inputs.token_to_chars(i)[:] for i in tagged]
