@@ -99,9 +99,10 @@ def _check_model(base_model: nn.Module, backbone: Backbone) -> None:
     if not any(name in names for mapping in allowed for names in mapping.values()):
         raise ValueError(
             f"{name} can't be exported: with the prompt in the text, a model that reads its output off the first "
-            "token or the mean of all would read the prompt. Known to be exact are token classification, question answering "
-            "and mask filling by an encoder or decoder, generation from text, and classification by a decoder's last "
-            "token. Serve this one with the package: after `import peft_ptuning_ext`, `AutoPeftModelFor…` loads it."
+            "token or the mean of all would read the prompt. Known to be exact are token classification, question "
+            "answering and mask filling by an encoder or decoder, generation from text, and classification by a "
+            "decoder's last token. Serve this one with the package: after `import peft_ptuning_ext`, "
+            "`AutoPeftModelFor…` loads it."
         )
 
 
