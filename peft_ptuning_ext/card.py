@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Optional
 
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 
@@ -19,8 +19,7 @@ from .checkpoint import ENCODER_KEY
 if TYPE_CHECKING:
     from .config import PTuningConfig
 
-# What stands in every paragraph of a card that was filled from the template of `huggingface_hub`.
-PLACEHOLDER = "[More Information Needed]"
+# Below this line PEFT lists versions.
 VERSIONS = "### Framework versions"
 
 # Pipeline of the Hub and class of PEFT for a task type.
@@ -77,7 +76,9 @@ def fill_card(
     }
     lines = ["import peft_ptuning_ext"]
     if auto_class and base_model:
-        classes = [shape[0] for shape in heads.values() if len(shape) == 2]
+        outputs = [shape for shape in heads.values() if len(shape) == 2]
+        # A head may have square layers before the one that gives the classes.
+        classes = [shape[0] for shape in outputs if shape[0] != shape[1]] or [shape[0] for shape in outputs]
         labels = f", num_labels={min(classes)}" if classes and "Classification" in auto_class else ""
         lines += [f"from peft import {auto_class}", "", f'model = {auto_class}.from_pretrained("{name}"{labels})']
     else:
@@ -102,13 +103,18 @@ def _count(shapes: Mapping[str, tuple[int, ...]]) -> int:
 
 
 def complete_card(folder: Path, config: PTuningConfig) -> None:
-    """Fills the card of a saved adapter if PEFT has just made it from the template, with placeholders only."""
+    """Fills the card of a saved adapter if it is the template as PEFT leaves it, with placeholders only."""
     path, weights = folder / "README.md", folder / SAFETENSORS_WEIGHTS_NAME
-    if not path.is_file() or not weights.is_file() or PLACEHOLDER not in path.read_text(encoding="utf-8"):
+    if not path.is_file() or not weights.is_file():
+        return
+    card = ModelCard.load(path)
+    template = ModelCard.from_template(ModelCardData())
+    if card.text.partition(VERSIONS)[0].split() != template.text.partition(VERSIONS)[0].split():
         return
     with safe_open(weights, framework="pt") as file:
         shapes = {key: tuple(file.get_slice(key).get_shape()) for key in list(file.keys())}
-    card = ModelCard.load(path)
+    if not any(ENCODER_KEY in key for key in shapes):
+        return  # the weights are those of another adapter
     name = folder.resolve().name
     fill_card(card, name, config, config.base_model_name_or_path or "", shapes, weights.stat().st_size)
     card.save(path)

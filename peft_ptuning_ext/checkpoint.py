@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,11 +75,18 @@ class CheckpointSource:
 
 
 @contextmanager
-def replacing(directory: str | os.PathLike) -> Iterator[Path]:
+def replacing(directory: str | os.PathLike, stale: Sequence[str] = ()) -> Iterator[Path]:
     """Yields an empty folder whose files are moved into `directory` when the block ends, and are gone if it fails.
 
     Each file is moved in one step, so that a process that is killed leaves whole files, and those that were there as
-    long as the block ran.
+    long as the block ran. What is unfinished then stays in a folder `.unfinished-…` in `directory`.
+
+    Args:
+        directory (`str` or `os.PathLike`): Where the files go; made if it is not there.
+        stale (`Sequence[str]`): Patterns of files in `directory` that are deleted unless they were replaced.
+
+    Raises:
+        ValueError: `directory` is a file.
     """
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
@@ -95,6 +102,9 @@ def replacing(directory: str | os.PathLike) -> Iterator[Path]:
             for path in sorted(files, key=lambda path: (path.suffix == ".json", path)):
                 (directory / path).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(folder / path, directory / path)
+            for path in {path for pattern in stale for path in directory.glob(pattern)}:
+                if path.relative_to(directory) not in files:
+                    path.unlink()
     except BaseException:
         for path in made:
             if not any(path.iterdir()):
@@ -102,13 +112,22 @@ def replacing(directory: str | os.PathLike) -> Iterator[Path]:
         raise
 
 
-def check_file(path: str, encoder: nn.Module, trained: Mapping[str, torch.Tensor]) -> None:
+def check_file(
+    path: str,
+    encoder: nn.Module,
+    place: str,
+    trained: Mapping[str, torch.Tensor],
+    embeddings: Mapping[str, torch.Tensor],
+) -> None:
     """Checks what a safetensors file holds for an adapter. Nothing larger than what is expected is read.
 
     Args:
         path (`str`): The file.
         encoder (`nn.Module`): The encoder of the config, on the meta device.
+        place (`str`): Path of the model's input embedding, with which the encoder's keys begin.
         trained (`Mapping[str, torch.Tensor]`): The state of modules trained beside the prompt, by name in the model.
+        embeddings (`Mapping[str, torch.Tensor]`):
+            The weights that PEFT saves too if the vocabulary was changed: they may be there.
 
     Raises:
         ValueError:
@@ -120,19 +139,40 @@ def check_file(path: str, encoder: nn.Module, trained: Mapping[str, torch.Tensor
             keys = list(file.keys())
             names = {key.rpartition(ENCODER_KEY)[2]: key for key in keys if ENCODER_KEY in key}
             others = {key.removeprefix("base_model.model."): key for key in keys if ENCODER_KEY not in key}
+            for name, key in names.items():
+                if key.removeprefix("base_model.model.") != f"{place}{ENCODER_KEY}{name}":
+                    found = key.partition(ENCODER_KEY)[0].removeprefix("base_model.model.")
+                    raise ValueError(
+                        f"{path} holds a prompt for {found!r}, and the input embedding of this model is {place!r}. It "
+                        "was made for another class of model."
+                    )
             shapes = {name: tuple(file.get_slice(key).get_shape()) for name, key in names.items()}
             _check_shapes(shapes, encoder.state_dict(), path)
-            for name, tensor in trained.items():
+            if foreign := sorted(others.keys() - trained.keys() - embeddings.keys()):
+                raise ValueError(
+                    f"{path} holds {foreign[0]!r}, which is no part of the prompt nor of a module that its config "
+                    "trains beside it."
+                )
+            for name, tensor in {**embeddings, **trained}.items():
+                if name not in others and name in embeddings:
+                    continue
                 if name not in others:
-                    raise ValueError(f"{path} lacks {name!r}, which was trained beside the prompt.")
-                if (found := tuple(file.get_slice(others[name]).get_shape())) != tuple(tensor.shape):
                     raise ValueError(
-                        f"{path}: {name!r} has shape {found}, and the model's has {tuple(tensor.shape)}. Load the "
-                        "model with the `num_labels` that the adapter was trained with."
+                        f"{path} lacks {name!r}, which PEFT trains beside the prompt for this task type. An adapter "
+                        "that was saved without it can be loaded by `model.load_adapter` of transformers."
+                    )
+                found = tuple(file.get_slice(others[name]).get_shape())
+                if found != (expected := tuple(getattr(tensor, "ds_shape", tensor.shape))):
+                    raise ValueError(
+                        f"{path}: {name!r} has shape {found}, and the model's has {expected}. Load the model with the "
+                        "`num_labels`, and resize its vocabulary to the size, that the adapter was trained with."
                     )
             state = {name: file.get_tensor(key) for name, key in names.items()}
             check_values(state, path)
-            check_values({name: file.get_tensor(others[name]) for name in trained}, path)
+            for name, key in others.items():
+                value = file.get_tensor(key)
+                if value.is_floating_point():  # a head may count batches
+                    check_values({name: value}, path)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a readable safetensors file (truncated or damaged?): {error}") from error
     with torch.no_grad():

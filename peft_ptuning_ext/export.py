@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import tempfile
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from typing import Any, Optional
 import torch
 from huggingface_hub import ModelCard
 from peft import PeftConfig, PeftModel, PeftType, PromptTuningConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper, get_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, ModulesToSaveWrapper, get_peft_model_state_dict
 from safetensors.torch import save, save_file
 from torch import nn
 
@@ -21,7 +22,7 @@ from .backbone import Backbone, find_backbone
 from .card import fill_card
 from .checkpoint import ENCODER_KEY, CheckpointSource, read_tensors, replacing
 from .config import PromptEncoderType, PTuningConfig
-from .encoder import build_encoder
+from .encoder import PromptEncoder, build_encoder
 from .layer import PTuningLayer
 
 
@@ -93,10 +94,10 @@ def fold_prompt(model: nn.Module, adapter_name: Optional[str] = None) -> None:
         ValueError: There is no such adapter.
     """
     adapter = find_adapter(model, adapter_name)
-    config, layer = adapter.config, adapter.layer
-    if config.encoder_reparameterization_type is PromptEncoderType.NONE:
+    layer, network = adapter.layer, adapter.layer.ptuning_encoders[adapter.name]
+    if type(network) is PromptEncoder:
         return
-    prompt, network = adapter.prompt(), layer.ptuning_encoders[adapter.name]
+    prompt, config = adapter.prompt(), copy.copy(adapter.config)  # other adapters may have the same config
     config.encoder_reparameterization_type = PromptEncoderType.NONE
     config.encoder_hidden_size = config.encoder_num_layers = None
     config.encoder_dropout = 0.0
@@ -104,6 +105,7 @@ def fold_prompt(model: nn.Module, adapter_name: Optional[str] = None) -> None:
     table.start_at(prompt)
     table.requires_grad_(network.embedding.requires_grad).train(network.training)
     layer.ptuning_encoders[adapter.name] = table
+    model.peft_config[adapter.name] = config
     layer.kept_prompts.forget(adapter.name)
 
 
@@ -192,6 +194,8 @@ def import_from_peft(
             It is another kind of adapter, its file is damaged or does not fit the model, or stock PEFT computes
             something else for its task. The model is then as it was.
     """
+    if adapter_name in getattr(base_model, "peft_config", {}):
+        raise ValueError(f"The model has an adapter named {adapter_name!r} already. Choose another `adapter_name`.")
     config = PeftConfig.from_pretrained(model_id, subfolder=subfolder, **download_kwargs)
     if config.peft_type not in STOCK_TYPES:
         raise ValueError(
@@ -213,6 +217,12 @@ def import_from_peft(
     length, submodules = own.num_virtual_tokens, config.num_transformer_submodules
     if submodules not in (None, 1, 2):
         raise ValueError(f"`num_transformer_submodules` of {model_id} must be 1 or 2, got {submodules!r}.")
+    folder = os.path.join(model_id, subfolder or "")
+    if os.path.isfile(os.path.join(folder, WEIGHTS_NAME)) and SAFETENSORS_WEIGHTS_NAME not in os.listdir(folder):
+        raise ValueError(
+            f"{folder} has only the pickle {WEIGHTS_NAME}, which can run code when it is loaded. If you trust it, "
+            "load it with stock PEFT and save it again: that writes safetensors."
+        )
     path = CheckpointSource(str(model_id), subfolder, True, download_kwargs).find()
     tensors = read_tensors(path, {STOCK_KEY: (length * (submodules or 1), backbone.width)})
     # Of an encoder-decoder's rows, stock PEFT puts the first V in front of the encoder and the others nowhere.
@@ -293,8 +303,8 @@ def _check_stock(task_type: Optional[str], backbone: Backbone, base_model: nn.Mo
     """Refuses what stock PEFT computes differently, unless the caller named the task type."""
     if task_type is None:
         raise ValueError(
-            f"The adapter has no task type, and {type(base_model).__name__} is no generating model: stock PEFT would "
-            "leave the prompt out."
+            f"The adapter on this {type(base_model).__name__} has no task type, without which stock PEFT leaves the "
+            "prompt out."
         )
     if force is not None and force != task_type:
         raise ValueError(f"`force` must name the adapter's task type, {task_type!r}, got {force!r}.")

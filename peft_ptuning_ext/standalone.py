@@ -13,17 +13,20 @@ from pathlib import Path
 from typing import Optional
 
 import torch
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto import modeling_auto
 
 from .backbone import Backbone, find_backbone
 from .checkpoint import replacing
-from .export import Adapter, find_adapter, trained_modules
+from .export import Adapter, find_adapter
 
 
 # The bias of the new entries where a model's output has one: a probability of 0.
 NEVER = -1e4
+# Files of a model that was in the folder before, which would be read with the new one.
+STALE = ("chat_template.*", "additional_chat_templates/*", "model*.safetensors*", "pytorch_model*.bin*")
 # Around the names that the entries have in a chat template: code points that Unicode reserves for the inside of
 # programs and forbids in texts that are exchanged (The Unicode Standard, 23.7).
 BEGIN, END = "\ufdd0", "\ufdd1"
@@ -56,27 +59,46 @@ def export_standalone(
     Ids of the new entries begin behind the last row of the model's embedding. A text can't produce them: without a
     chat template they have no name, and the template writes names that it removes from what it is given.
 
+    The prompt comes with the special tokens of a plain text, and with the text of a chat template. What a template has
+    rendered is therefore tokenized with `add_special_tokens=False`, as `apply_chat_template` does; a plain text
+    without special tokens has no prompt.
+
     Args:
         model (`PeftModel` or a transformers model): The model that has the adapter; it is not changed.
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer; it is not changed.
-        directory (`str`): Folder to write to; made if it is not there. Files of other names in it stay.
+        directory (`str`): Folder to write to; made if it is not there. A model in it is replaced, other files stay.
         adapter_name (`str`, *optional*): Which adapter; by default the active one.
 
     Raises:
         ValueError:
             The model reads the prompt's positions outside the backbone (a pooled first token, say), its weights are
-            quantized, or the tokenizer can't be told to put something in front. Nothing is written then.
+            quantized, the tokenizer can't be told to put something in front, or the folder holds an adapter, which
+            would be loaded on top. Nothing is written then.
     """
     adapter = find_adapter(model, adapter_name)
     base_model = adapter.base_model
-    backbone = find_backbone(base_model)
-    _check_model(base_model, backbone)
+    if (Path(directory) / "adapter_config.json").exists():
+        raise ValueError(
+            f"{directory} holds an adapter, which transformers would load on top of the exported model. Choose "
+            "another folder."
+        )
+    if hasattr(tokenizer, "set_src_lang_special_tokens"):
+        raise ValueError(
+            f"{type(tokenizer).__name__} writes what stands around a text anew for each language, and with it what "
+            "is in front. Serve this model with the package."
+        )
+    _check_model(base_model, find_backbone(base_model))
     prompt = adapter.prompt()
     first_id = adapter.layer.get_base_layer().num_embeddings
+    if (largest := max(tokenizer.get_vocab().values())) >= first_id:
+        raise ValueError(
+            f"The tokenizer gives ids up to {largest}, and the model has {first_id} embeddings: it is of another "
+            "model, or `model.resize_token_embeddings` was not called."
+        )
     ids = list(range(first_id, first_id + len(prompt)))
     standalone = _make_model(adapter, prompt, first_id)
     standalone.generation_config = _make_generation_config(base_model, ids)
-    with replacing(directory) as folder:
+    with replacing(directory, STALE) as folder:
         _save_tokenizer(folder, tokenizer, ids)
         standalone.save_pretrained(folder)
 
@@ -94,7 +116,12 @@ def _check_model(base_model: nn.Module, backbone: Backbone) -> None:
         raise ValueError(f"Weights of this {name} are offloaded. Load the model without a `device_map` to export it.")
     is_encoder_decoder = backbone.decoder is not None
     allowed = GENERATES_FROM_ENCODER if is_encoder_decoder else READS_EACH_TOKEN
-    if backbone.is_causal:
+    kind = base_model.config.model_type
+    is_decoder = (
+        kind in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        and kind not in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    )
+    if not is_encoder_decoder and (backbone.is_causal or is_decoder):
         allowed += READS_LAST_TOKEN
     if not any(name in names for mapping in allowed for names in mapping.values()):
         raise ValueError(
@@ -114,16 +141,21 @@ def _make_model(adapter: Adapter, prompt: torch.Tensor, first_id: int) -> PreTra
     rows = _as_rows(adapter, prompt)
     config = copy.deepcopy(base_model.config)
     config.get_text_config().vocab_size = first_id + len(prompt)
-    output = next((n for n, m in base_model.named_modules() if m is base_model.get_output_embeddings()), None)
-    if output is not None and state[f"{output}.weight"].data_ptr() != table.data_ptr():
-        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
-    with torch.device("meta"):
-        standalone = type(base_model)(config)
+    standalone = _on_meta(base_model, config)
     extended: dict[int, torch.Tensor] = {}
     if odd := sorted(state.keys() ^ standalone.state_dict().keys()):
         raise ValueError(
             f"The weights of this {type(base_model).__name__} are not those that its class makes (first: {odd[0]!r}). "
             "Has it other adapters beside this one? Merge or unload them first."
+        )
+    output = next((n for n, m in standalone.named_modules() if m is standalone.get_output_embeddings()), None)
+    if output is not None and state[f"{output}.weight"].data_ptr() != table.data_ptr():  # trained by itself, perhaps
+        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
+        standalone = _on_meta(base_model, config)
+    if standalone.get_submodule(_path(adapter)).weight.shape[0] != first_id + len(prompt):
+        raise ValueError(
+            f"{type(base_model).__name__} can't be exported: the vocabulary of its config is not that of the "
+            "embedding that the prompt goes with."
         )
     for name, expected in standalone.state_dict().items():
         tensor = state[name]
@@ -138,34 +170,46 @@ def _make_model(adapter: Adapter, prompt: torch.Tensor, first_id: int) -> PreTra
         if tensor.data_ptr() not in extended:
             if tensor.data_ptr() == table.data_ptr():
                 more = rows
-            elif tensor.dim() - axis == 1:  # a bias
-                more = tensor.new_full((*tensor.shape[:-1], len(prompt)), NEVER)
             else:
-                more = tensor.mean(0, keepdim=True).expand(len(prompt), -1)
+                mean = tensor.mean(axis, keepdim=True)
+                is_bias = mean.numel() == 1
+                more = (torch.full_like(mean, NEVER) if is_bias else mean).repeat_interleave(len(prompt), axis)
             extended[tensor.data_ptr()] = torch.cat([tensor, more.to(tensor)], dim=axis)
         state[name] = extended[tensor.data_ptr()]
+    seen: set[int] = set()
+    for name, tensor in state.items():  # what the class ties is tied again below, and nothing else
+        if tensor.data_ptr() in seen:
+            state[name] = tensor.clone()
+        seen.add(tensor.data_ptr())
     standalone.load_state_dict(state, assign=True)
     standalone.tie_weights()
     return standalone.eval()
 
 
+def _on_meta(base_model: PreTrainedModel, config: PretrainedConfig) -> PreTrainedModel:
+    with torch.device("meta"):
+        return type(base_model)(config)
+
+
+def _path(adapter: Adapter) -> str:
+    return next(name for name, module in adapter.base_model.named_modules() if module is adapter.layer)
+
+
 def _plain_state(adapter: Adapter) -> dict[str, torch.Tensor]:
     """The state of the base model as it is without adapters, but with what this one has trained beside the prompt."""
-    base_model = adapter.base_model
-    layer = next(name for name, module in base_model.named_modules() if module is adapter.layer)
-    trained = trained_modules(adapter)
-    state = {}
-    for key, value in base_model.state_dict().items():
-        if key.startswith(f"{layer}.base_layer."):
-            key = f"{layer}.{key.removeprefix(f'{layer}.base_layer.')}"
-        elif key.startswith(f"{layer}."):
-            continue
-        if name := next((name for name in trained if key.startswith(f"{name}.")), None):
-            mine = f"{name}.modules_to_save.{adapter.name}."
-            if not key.startswith(mine):
-                continue
-            key = f"{name}.{key.removeprefix(mine)}"
-        state[key] = value
+    state = adapter.base_model.state_dict()
+    wrapped = {_path(adapter): "base_layer"}
+    for name, module in adapter.base_model.named_modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            is_mine = adapter.name in module.modules_to_save
+            wrapped[name] = f"modules_to_save.{adapter.name}" if is_mine else "original_module"
+    for name, inner in wrapped.items():
+        prefix, kept = f"{name}.", f"{name}.{inner}."
+        state = {
+            prefix + key.removeprefix(kept) if key.startswith(kept) else key: value
+            for key, value in state.items()
+            if key.startswith(kept) or not key.startswith(prefix)
+        }
     return state
 
 
@@ -300,7 +344,11 @@ TEMPLATES: dict[str, Callable[[dict], dict]] = {
 def put_names_first(template: str, names: list[str]) -> str:
     """Returns a chat template that writes `names`, then what `template` writes without the code points they have."""
     template = re.sub(r"(\r\n|\r|\n)\Z", "", template)  # as Jinja does at the end
-    given = "{% set ptuning_text %}{{ '' }}" + template + "{{ '' }}{% endset %}"
+    # Where an answer of the model begins can't be told inside a block that is kept: without the tag, callers who ask
+    # for it are warned.
+    template = re.sub(r"({%[-+]?\s*)generation(\s*[-+]?%})", r"\1if true\2", template)
+    template = re.sub(r"({%[-+]?\s*)endgeneration(\s*[-+]?%})", r"\1endif\2", template)
+    given = "{% set ptuning_text %}\n" + template + "{{ '' }}{% endset %}"
     return f"{given}{{{{ '{''.join(names)}' + ptuning_text | replace('{BEGIN}', '') | replace('{END}', '') }}}}"
 
 
@@ -312,6 +360,8 @@ def _add_entries(state: dict, ids: list[int], names: list[str]) -> None:
             f"The tokenizer has a chat template and the model {state['model'].get('type')}, whose vocabulary has no "
             "places for the prompt behind the rows of the embedding. Remove the template to export it for plain texts."
         )
+    for token in state["added_tokens"]:  # those outside of the vocabulary are numbered by its size
+        vocabulary.setdefault(token["content"], token["id"])
     options = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     for id, name in zip(ids, names):
         vocabulary[name] = id

@@ -185,8 +185,20 @@ class PTuningModel(BaseTuner):
         if source is not None and (path := source.find()) is not None:
             with torch.device("meta"):
                 encoder = build_encoder(peft_config, backbone.width)
-            check_file(path, encoder, self._trained_state(peft_config))
+            check_file(path, encoder, backbone.embedding_path, self._trained_state(peft_config), self._embeddings())
         return peft_config
+
+    def _embeddings(self) -> dict[str, torch.Tensor]:
+        """The weights of input and output embedding, by the names that they have behind the tuner layer."""
+        path = self._backbone.embedding_path
+        table = self.model.get_submodule(path)
+        table = table.base_layer if isinstance(table, PTuningLayer) else table
+        state = {f"{path}.base_layer.{key}": value for key, value in table.state_dict().items()}
+        output = getattr(self.model, "get_output_embeddings", lambda: None)()
+        for name, module in self.model.named_modules():
+            if output is not None and module is output:
+                state |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
+        return state
 
     def _trained_state(self, peft_config: PTuningConfig) -> dict[str, torch.Tensor]:
         """The state of the modules that PEFT is to train beside the prompt, by name in the model."""

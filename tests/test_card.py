@@ -13,7 +13,7 @@ import pytest
 import torch
 from families import make_model
 from huggingface_hub import ModelCard
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from reference import V, main_output, make_batch
 
 from peft_ptuning_ext import PTuningConfig, make_model_card
@@ -42,6 +42,7 @@ def paste(card: ModelCard, **names) -> PeftModel:
     [
         ("BERT", "SEQ_CLS", {"num_labels": 4}),
         ("RoBERTa", "SEQ_CLS", {"num_labels": 3}),
+        ("RoBERTa", "SEQ_CLS", {"num_labels": 40}),  # more than the width
         ("BERT", "TOKEN_CLS", {"num_labels": 5}),
         ("BERT", "QUESTION_ANS", {}),
         ("Llama", "CAUSAL_LM", {}),
@@ -105,8 +106,18 @@ def test_a_card_that_someone_wrote_stays(tmp_path) -> None:
     assert card.text.startswith("# Mine\n\nWith words of my own.\n")
     model.save_pretrained(tmp_path)
     assert ModelCard.load(tmp_path / "README.md").text == card.text
+    (tmp_path / "README.md").write_text("# Mine\n\nTwo pages of mine.\n\n## Risks\n\n[More Information Needed]\n")
+    model.save_pretrained(tmp_path)
+    assert "Two pages of mine." in (tmp_path / "README.md").read_text()
     model.peft_config["default"].save_pretrained(tmp_path / "config")
     assert [path.name for path in (tmp_path / "config").iterdir()] == ["adapter_config.json"]
+
+
+def test_a_config_saved_over_another_adapter_leaves_its_card(tmp_path) -> None:
+    get_peft_model(make_model("Llama", "CAUSAL_LM"), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    before = (tmp_path / "README.md").read_text()
+    PTuningConfig().save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == before
 
 
 def test_without_the_package_peft_has_its_own_error(tmp_path) -> None:

@@ -19,6 +19,7 @@ import transformers
 from families import make_model
 from peft import PeftModel, get_peft_model
 from reference import V, main_output, make_batch
+from transformers import LlamaForCausalLM
 
 from peft_ptuning_ext import PTuningConfig
 
@@ -191,6 +192,9 @@ def test_no_memory_is_taken_for_a_length_that_the_weights_do_not_have(saved) -> 
     (saved / "adapter_config.json").write_text(json.dumps(config | {"num_virtual_tokens": 2**24}))
     with pytest.raises(ValueError, match="has 64 positions"):
         PeftModel.from_pretrained(make_model("BERT", "SEQ_CLS"), saved)
+    change_weights(
+        saved, lambda weights: {key.replace(".bert.", ".deberta."): value for key, value in weights.items()}
+    )
     with pytest.raises(ValueError, match=r"expected \(16777216, 32\)"):  # a model without a limit
         PeftModel.from_pretrained(make_model("DeBERTa-v2", "SEQ_CLS"), saved)
     (saved / "adapter_config.json").write_text(json.dumps(config | {"num_virtual_tokens": 10**9}))
@@ -305,6 +309,62 @@ def test_what_would_be_silently_wrong_is_refused(arguments, message) -> None:
     assert "changed to 'sdpa'" in model.prompt_route
     with pytest.raises(ValueError, match=message):
         model.get_base_model().model(**batch, use_cache=False)
+
+
+def test_a_prompt_for_another_place_is_refused(saved) -> None:
+    change_weights(saved, lambda weights: {key.replace(".bert.", ".bart."): value for key, value in weights.items()})
+    base = make_model("BERT", "SEQ_CLS")
+    message = (
+        "a prompt for 'bart.embeddings.word_embeddings', and the input embedding of this model is 'bert.embeddings"
+    )
+    with pytest.raises(ValueError, match=message):
+        PeftModel.from_pretrained(base, saved)
+    assert not hasattr(base, "peft_config")
+
+
+def test_a_file_can_not_bring_weights_of_the_base_along(saved) -> None:
+    name = "bert.encoder.layer.0.output.dense.weight"
+    base = make_model("BERT", "SEQ_CLS")
+    before = base.get_parameter(name).clone()
+    change_weights(saved, lambda weights: {**weights, f"base_model.model.{name}": torch.zeros(32, 48)})
+    with pytest.raises(ValueError, match=f"holds '{name}', which is no part of the prompt"):
+        PeftModel.from_pretrained(base, saved)
+    assert torch.equal(base.get_parameter(name), before)
+    assert not hasattr(base, "peft_config")
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
+def test_embeddings_of_a_resized_vocabulary_need_it_resized(tmp_path) -> None:
+    make_model("Llama", "CAUSAL_LM").save_pretrained(tmp_path / "base")
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    base.resize_token_embeddings(110, mean_resizing=False)
+    model = get_peft_model(base, PTuningConfig(num_virtual_tokens=V, task_type="CAUSAL_LM")).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    weights = safetensors.torch.load_file(tmp_path / "adapter" / WEIGHTS)
+    assert len(weights) == 3  # with both embeddings
+    small, large = (LlamaForCausalLM.from_pretrained(tmp_path / "base") for _ in range(2))
+    with pytest.raises(ValueError, match=r"shape \(110, 32\), and the model's has \(99, 32\).*resize its vocabulary"):
+        PeftModel.from_pretrained(small, tmp_path / "adapter")
+    assert not hasattr(small, "peft_config")
+    large.resize_token_embeddings(110, mean_resizing=False)
+    loaded = PeftModel.from_pretrained(large, tmp_path / "adapter").eval()
+    batch = make_batch("Llama", "CAUSAL_LM")
+    assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+
+
+def test_a_head_that_counts_batches_is_loaded(tmp_path) -> None:
+    def make() -> torch.nn.Module:
+        base = make_model("BERT", "SEQ_CLS")
+        base.classifier = torch.nn.Sequential(torch.nn.BatchNorm1d(32), torch.nn.Linear(32, 2))
+        return base
+
+    config = PTuningConfig(num_virtual_tokens=V, task_type="SEQ_CLS")
+    model = get_peft_model(make(), config)
+    model(**make_batch("BERT", "SEQ_CLS"))
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make(), tmp_path)
+    counts = [m.get_base_model().classifier.modules_to_save["default"][0].num_batches_tracked for m in (model, loaded)]
+    assert counts == [1, 1]
 
 
 SAVE_AND_KILL = """

@@ -19,7 +19,17 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from reference import V, main_output
 from tiny_tokenizers import BOS, CHAT, KINDS, SIZE, TEXTS, make_tokenizer
 from tokenizers import processors
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    MobileBertConfig,
+    MobileBertForMaskedLM,
+    T5GemmaConfig,
+    T5GemmaForConditionalGeneration,
+    T5GemmaModuleConfig,
+    pipeline,
+)
 
 from peft_ptuning_ext import PTuningConfig, export_standalone
 
@@ -42,6 +52,7 @@ class Case:
     tokenizer: str = "Gemma"
     dtype: torch.dtype = torch.float32
     is_tied: bool = True
+    rows: int = SIZE
 
     @property
     def name(self) -> str:
@@ -51,7 +62,7 @@ class Case:
     def make(self) -> PeftModel:
         options = {"tie_word_embeddings": self.is_tied} if self.task in ("CAUSAL_LM", "SEQ_2_SEQ_LM") else {}
         # Eager attention concatenates the prompt as the folder does, so that bfloat16 rounds in the same places.
-        options |= {"vocab_size": SIZE, "pad_token_id": 0}
+        options |= {"vocab_size": self.rows, "pad_token_id": 0}
         base = make_model(self.family, self.task, attn_implementation="eager", **options)
         for parameter in base.parameters():  # as `from_pretrained(dtype=...)` does it: rotary buffers stay float32
             parameter.data = parameter.data.to(self.dtype)
@@ -102,6 +113,7 @@ CASES = [
     Case("BERT", "QUESTION_ANS", "BERT"),
     Case("Llama", "SEQ_CLS", "Llama 3"),
     Case("GPT-2", "SEQ_CLS", "GPT-2"),
+    Case("Bloom", "SEQ_CLS", "GPT-2"),
 ]
 GENERATING = [case for case in CASES if case.task in ("CAUSAL_LM", "SEQ_2_SEQ_LM")]
 
@@ -167,10 +179,10 @@ def test_generated_ids(case, computed) -> None:
     torch.testing.assert_close(found["probabilities"][:, :SIZE], expected["probabilities"], rtol=0, atol=tolerance)
 
 
-def export(tmp_path: Path, tokenizer, family: str = "Llama", task: str = "CAUSAL_LM"):
+def export(tmp_path: Path, tokenizer, family: str = "Llama", task: str = "CAUSAL_LM", rows: int = SIZE):
     """Exports a model, and returns the tokenizer of the folder and the new ids."""
-    export_standalone(Case(family, task).make(), tokenizer, tmp_path / "out")
-    return AutoTokenizer.from_pretrained(tmp_path / "out"), list(range(SIZE, SIZE + V))
+    export_standalone(Case(family, task, rows=rows).make(), tokenizer, tmp_path / "out")
+    return AutoTokenizer.from_pretrained(tmp_path / "out"), list(range(rows, rows + V))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -231,7 +243,10 @@ MESSAGES = [{"role": "user", "content": "What sings?"}]
 TEMPLATES = {
     "one": CHAT,
     "begins with a line break": "\n" + CHAT + "  \n",
-    "generation": CHAT.replace("{% if add", "{% generation %}{% endgeneration %}{% if add"),
+    "begins with a space before a block": "   " + CHAT,
+    "generation": CHAT.replace("{{ '<s>'", "{%- generation -%}  {{ '<s>'").replace(
+        "</s>' }}", "</s>' }}{% endgeneration %}"
+    ),
 }
 
 
@@ -239,12 +254,20 @@ TEMPLATES = {
 @pytest.mark.parametrize("kind", ["GPT-2", "Llama 3", "BERT"])
 def test_a_chat_begins_with_the_prompt(kind, template, tmp_path) -> None:
     tokenizer = make_tokenizer(kind, TEMPLATES[template])
-    exported, new = export(tmp_path, tokenizer)
+    # As of most models of chats: outside of the vocabulary, and ids right below and above them unused.
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|user|>", "<|end|>"]})
+    tokenizer.add_tokens(["zebra"])
+    special = "<|user|> a zebra <|end|>"
+    rows = len(tokenizer) if template == "one" else SIZE + 20
+    exported, new = export(tmp_path, tokenizer, rows=rows)
     options = {"tokenize": True, "return_dict": False}
     for extra in ({}, {"add_generation_prompt": True}):
         plain = tokenizer.apply_chat_template(MESSAGES, **options, **extra)
         assert exported.apply_chat_template(MESSAGES, **options, **extra) == new + plain
-    assert exported(TEXTS[0]).input_ids == new + tokenizer(TEXTS[0]).input_ids
+    for text in (TEXTS[0], special):
+        assert exported(text).input_ids == new + tokenizer(text).input_ids
+    chat = [{"role": "user", "content": special}]
+    assert exported.apply_chat_template(chat, **options) == new + tokenizer.apply_chat_template(chat, **options)
     assert exported.convert_ids_to_tokens(new) == [f"\ufdd0virtual {i}\ufdd1" for i in range(V)]
     assert exported.decode(new + tokenizer(TEXTS[0]).input_ids, skip_special_tokens=True) == tokenizer.decode(
         tokenizer(TEXTS[0]).input_ids, skip_special_tokens=True
@@ -254,7 +277,7 @@ def test_a_chat_begins_with_the_prompt(kind, template, tmp_path) -> None:
     for content in (names, names[0] + names, "\ufdd0\ufdd0virtual 0\ufdd1\ufdd1", "\ufdd0" * 3 + "virtual 1\ufdd1"):
         ids = exported.apply_chat_template([{"role": names, "content": content}], **options)
         assert ids[:V] == new
-        assert max(ids[V:]) < SIZE
+        assert max(ids[V:]) < rows
     assert tokenizer.chat_template == TEMPLATES[template]
 
 
@@ -304,7 +327,7 @@ def test_what_can_not_be_exported_is_refused_and_leaves_no_file(tmp_path) -> Non
     holder = get_peft_model(torch.nn.ModuleDict({"model": make_model("Llama", "CAUSAL_LM")}), PTuningConfig())
     with pytest.raises(ValueError, match="no transformers model"):
         export_standalone(holder, tokenizer, tmp_path / "out")
-    both = make_model("Llama", "CAUSAL_LM")
+    both = make_model("Llama", "CAUSAL_LM", vocab_size=SIZE)
     both.add_adapter(LoraConfig(target_modules=["q_proj"]), "lora")
     both.add_adapter(PTuningConfig(), "prompt")
     with pytest.raises(ValueError, match="Has it other adapters beside this one"):
@@ -337,6 +360,78 @@ def test_trained_modules_go_along_and_another_adapter_stays_out(tmp_path) -> Non
         logits = loaded(**exported(TEXTS[0], return_tensors="pt")).logits
     torch.testing.assert_close(logits[:, V:, :SIZE], expected, rtol=1e-5, atol=1e-5)
     assert len(exported(TEXTS[0]).input_ids) == V + len(tokenizer(TEXTS[0]).input_ids)
+
+
+def test_a_folder_that_would_be_mixed(tmp_path) -> None:
+    """An adapter is not exported over; what an earlier export has left is not read with the new one."""
+    model = Case("Llama").make()
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="holds an adapter, which transformers would load on top"):
+        export_standalone(model, make_tokenizer("GPT-2"), tmp_path / "adapter")
+    export_standalone(model, make_tokenizer("GPT-2", CHAT), tmp_path / "out")
+    (tmp_path / "out" / "model-00001-of-00002.safetensors").write_text("old")
+    export_standalone(model, make_tokenizer("GPT-2"), tmp_path / "out")
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template is None
+    assert [path.name for path in (tmp_path / "out").glob("model*")] == ["model.safetensors"]
+
+
+@torch.no_grad()
+def test_heads_with_parts_that_are_no_bias(tmp_path) -> None:
+    """MobileBERT's output has more columns than its embedding, for which a row of the vocabulary lies across."""
+    sizes = {"hidden_size": 32, "embedding_size": 16, "intra_bottleneck_size": 16, "num_hidden_layers": 2}
+    sizes |= {"vocab_size": SIZE, "num_attention_heads": 4, "intermediate_size": 48, "pad_token_id": 0}
+    base = MobileBertForMaskedLM(MobileBertConfig(**sizes)).eval()
+    model = get_peft_model(base, PTuningConfig(num_virtual_tokens=V)).eval()
+    tokenizer = make_tokenizer("BERT")
+    export_standalone(model, tokenizer, tmp_path)
+    loaded = AutoModelForMaskedLM.from_pretrained(tmp_path)
+    logits = loaded(**AutoTokenizer.from_pretrained(tmp_path)(TEXTS[0], return_tensors="pt")).logits[:, V:]
+    expected = model(**tokenizer(TEXTS[0], return_tensors="pt")).logits
+    torch.testing.assert_close(logits[..., :SIZE], expected, rtol=1e-4, atol=1e-4)
+    assert logits.softmax(-1)[..., SIZE:].max() == 0
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer")
+@pytest.mark.parametrize(
+    ("family", "task", "modules"), [("BERT", "masked LM", ["cls"]), ("RoBERTa", "masked LM", ["lm_head"])]
+)
+@torch.no_grad()
+def test_trained_modules_of_this_and_of_another_adapter(family, task, modules, tmp_path) -> None:
+    base = make_model(family, task, vocab_size=SIZE, pad_token_id=0)
+    model = get_peft_model(base, PTuningConfig(num_virtual_tokens=V)).eval()
+    model.add_adapter("trained", PTuningConfig(num_virtual_tokens=V, modules_to_save=modules))
+    for name, parameter in model.named_parameters():
+        if "modules_to_save.trained" in name:
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    tokenizer = make_tokenizer("BERT", padding_side="right")
+    for adapter in ("default", "trained"):
+        model.set_adapter(adapter)
+        expected = model(**tokenizer(TEXTS[0], return_tensors="pt")).logits
+        export_standalone(model, tokenizer, tmp_path / adapter, adapter)
+        loaded = AutoModelForMaskedLM.from_pretrained(tmp_path / adapter)
+        exported = AutoTokenizer.from_pretrained(tmp_path / adapter)
+        logits = loaded(**exported(TEXTS[0], return_tensors="pt")).logits
+        torch.testing.assert_close(logits[:, V:, :SIZE], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_vocabulary_that_is_not_the_embeddings_is_refused(tmp_path) -> None:
+    sizes = {"vocab_size": SIZE, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "head_dim": 8}
+    sizes |= {"num_key_value_heads": 2, "intermediate_size": 48, "pad_token_id": 0}
+    stacks = {"encoder": T5GemmaModuleConfig(**sizes), "decoder": T5GemmaModuleConfig(**sizes)}
+    base = T5GemmaForConditionalGeneration(T5GemmaConfig(**stacks, vocab_size=SIZE))
+    model = get_peft_model(base, PTuningConfig(num_virtual_tokens=V))
+    with pytest.raises(ValueError, match="the vocabulary of its config is not that of the embedding"):
+        export_standalone(model, make_tokenizer("GPT-2"), tmp_path / "out")
+    with pytest.raises(ValueError, match="gives ids up to 299, and the model has 99 embeddings"):
+        export_standalone(Case("Llama", rows=99).make(), make_tokenizer("GPT-2"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_of_many_languages_is_refused(tmp_path) -> None:
+    tokenizer = make_tokenizer("GPT-2")
+    tokenizer.set_src_lang_special_tokens = lambda language: None
+    with pytest.raises(ValueError, match="anew for each language"):
+        export_standalone(Case("Llama").make(), tokenizer, tmp_path / "out")
 
 
 def test_an_export_replaces_files_and_leaves_others(tmp_path) -> None:
