@@ -49,6 +49,11 @@ class Adapter:
     layer: PTuningLayer
     base_model: nn.Module
 
+    @property
+    def base_model_name(self) -> str:
+        """Name of the model that the adapter is for; empty if it has none."""
+        return self.config.base_model_name_or_path or getattr(self.base_model, "name_or_path", None) or ""
+
     @torch.no_grad()
     def prompt(self) -> torch.Tensor:
         """The prompt as it is used after training, shape (V, H), in its encoder's dtype."""
@@ -70,12 +75,7 @@ def find_adapter(model: nn.Module, adapter_name: Optional[str] = None) -> Adapte
     layer = next((module for module in model.modules() if isinstance(module, PTuningLayer)), None)
     if layer is None:
         raise ValueError(f"This {type(model).__name__} has no P-tuning adapter of this package.")
-    if adapter_name is None:
-        if not layer.active_adapters:
-            raise ValueError(f"No P-tuning adapter is active. Name one of {list(layer.ptuning_encoders)}.")
-        adapter_name = layer.active_adapters[0]
-    if adapter_name not in layer.ptuning_encoders:
-        raise ValueError(f"There is no P-tuning adapter {adapter_name!r}, only {list(layer.ptuning_encoders)}.")
+    adapter_name = layer.named_or_active(adapter_name)
     base_model = model.get_base_model() if isinstance(model, PeftModel) else model
     return Adapter(adapter_name, model.peft_config[adapter_name], layer, base_model)
 
@@ -150,9 +150,7 @@ def export_to_peft(
         num_transformer_submodules=1,
         num_layers=_size(adapter.base_model, "num_hidden_layers"),
         num_attention_heads=_size(adapter.base_model, "num_attention_heads"),
-        base_model_name_or_path=adapter.config.base_model_name_or_path
-        or getattr(adapter.base_model, "name_or_path", None)
-        or None,
+        base_model_name_or_path=adapter.base_model_name or None,
         revision=adapter.config.revision,
         inference_mode=True,
     )
@@ -292,10 +290,9 @@ def make_model_card(
     state = get_peft_model_state_dict(model, adapter_name=adapter.name, save_embedding_layers=False)
     shapes = {key: tuple(value.shape) for key, value in state.items()}
     size = len(save({key: value.contiguous() for key, value in state.items()}, metadata={"format": "pt"}))
-    base_model = adapter.config.base_model_name_or_path or getattr(adapter.base_model, "name_or_path", "")
     card = ModelCard("---\n{}\n---\n")
     card.data.license = license
-    fill_card(card, name, adapter.config, base_model, shapes, size, metrics)
+    fill_card(card, name, adapter.config, adapter.base_model_name, shapes, size, metrics)
     return card
 
 

@@ -62,6 +62,20 @@ class PTuningLayer(nn.Module, BaseTunerLayer):
             return None
         return self.active_adapters[0]
 
+    def named_or_active(self, adapter_name: Optional[str] = None) -> str:
+        """Returns the name of an adapter that is there: the given one, or the active one.
+
+        Raises:
+            ValueError: There is no adapter of this name, or none is active.
+        """
+        if adapter_name is None:
+            if not self.active_adapters:
+                raise ValueError(f"No adapter is active. Name one of {list(self.ptuning_encoders)}.")
+            return self.active_adapters[0]
+        if adapter_name not in self.ptuning_encoders:
+            raise ValueError(f"There is no adapter {adapter_name!r}, only {list(self.ptuning_encoders)}.")
+        return adapter_name
+
     @contextmanager
     def without_prompt(self) -> Iterator[None]:
         """Inside, no prompt is put in front; what else an adapter has, such as a head, stays."""

@@ -87,7 +87,8 @@ def export_standalone(
             f"{type(tokenizer).__name__} writes what stands around a text anew for each language, and with it what "
             "is in front. Serve this model with the package."
         )
-    _check_model(base_model, find_backbone(base_model))
+    backbone = find_backbone(base_model)
+    _check_model(base_model, backbone)
     prompt = adapter.prompt()
     first_id = adapter.layer.get_base_layer().num_embeddings
     if (largest := max(tokenizer.get_vocab().values())) >= first_id:
@@ -96,7 +97,7 @@ def export_standalone(
             "model, or `model.resize_token_embeddings` was not called."
         )
     ids = list(range(first_id, first_id + len(prompt)))
-    standalone = _make_model(adapter, prompt, first_id)
+    standalone = _make_model(adapter, backbone.embedding_path, prompt, first_id)
     standalone.generation_config = _make_generation_config(base_model, ids)
     with replacing(directory, STALE) as folder:
         _save_tokenizer(folder, tokenizer, ids)
@@ -133,10 +134,10 @@ def _check_model(base_model: nn.Module, backbone: Backbone) -> None:
         )
 
 
-def _make_model(adapter: Adapter, prompt: torch.Tensor, first_id: int) -> PreTrainedModel:
+def _make_model(adapter: Adapter, embedding_path: str, prompt: torch.Tensor, first_id: int) -> PreTrainedModel:
     """A copy of the base model that shares its weights, but for those that have a row per entry of the vocabulary."""
     base_model = adapter.base_model
-    state = _plain_state(adapter)
+    state = _plain_state(adapter, embedding_path)
     table = adapter.layer.get_base_layer().weight
     rows = _as_rows(adapter, prompt)
     config = copy.deepcopy(base_model.config)
@@ -152,7 +153,7 @@ def _make_model(adapter: Adapter, prompt: torch.Tensor, first_id: int) -> PreTra
     if output is not None and state[f"{output}.weight"].data_ptr() != table.data_ptr():  # trained by itself, perhaps
         config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
         standalone = _on_meta(base_model, config)
-    if standalone.get_submodule(_path(adapter)).weight.shape[0] != first_id + len(prompt):
+    if standalone.get_submodule(embedding_path).weight.shape[0] != first_id + len(prompt):
         raise ValueError(
             f"{type(base_model).__name__} can't be exported: the vocabulary of its config is not that of the "
             "embedding that the prompt goes with."
@@ -191,14 +192,10 @@ def _on_meta(base_model: PreTrainedModel, config: PretrainedConfig) -> PreTraine
         return type(base_model)(config)
 
 
-def _path(adapter: Adapter) -> str:
-    return next(name for name, module in adapter.base_model.named_modules() if module is adapter.layer)
-
-
-def _plain_state(adapter: Adapter) -> dict[str, torch.Tensor]:
+def _plain_state(adapter: Adapter, embedding_path: str) -> dict[str, torch.Tensor]:
     """The state of the base model as it is without adapters, but with what this one has trained beside the prompt."""
     state = adapter.base_model.state_dict()
-    wrapped = {_path(adapter): "base_layer"}
+    wrapped = {embedding_path: "base_layer"}
     for name, module in adapter.base_model.named_modules():
         if isinstance(module, ModulesToSaveWrapper):
             is_mine = adapter.name in module.modules_to_save

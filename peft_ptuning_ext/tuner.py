@@ -73,13 +73,7 @@ class PTuningModel(BaseTuner):
             ValueError: There is no adapter of this name, or none is active.
         """
         layer = self._layer()
-        if adapter_name is None:
-            if not layer.active_adapters:
-                raise ValueError(f"No adapter is active. Name one of {list(self.peft_config)}.")
-            adapter_name = layer.active_adapters[0]
-        if adapter_name not in layer.ptuning_encoders:
-            raise ValueError(f"There is no adapter {adapter_name!r}, only {list(self.peft_config)}.")
-        prompt = layer.prompt(adapter_name)
+        prompt = layer.prompt(layer.named_or_active(adapter_name))
         return prompt.to(layer.weight.dtype) if layer.weight.is_floating_point() else prompt
 
     @torch.no_grad()
@@ -205,7 +199,7 @@ class PTuningModel(BaseTuner):
         endings = tuple(peft_config.modules_to_save or ())
         state = {}
         for name, module in self.model.named_modules():
-            if name.endswith(endings) and endings:
+            if name.endswith(endings):
                 module = getattr(module, "original_module", module)  # of another adapter
                 state |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
         return state

@@ -10,6 +10,7 @@ import shutil
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ import torch
 from families import make_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from peft import PeftModel, PromptTuningConfig, get_peft_model
+from peft import PeftConfig, PeftModel, PromptTuningConfig, get_peft_model
 from reference import V, make_batch
 from transformers import PreTrainedModel
 
@@ -92,22 +93,23 @@ class Target:
         self.check_unchanged()
 
 
-@pytest.fixture(scope="module", params=ENCODERS, name="target")
-def _target(request, tmp_path_factory) -> Iterator[Target]:
-    folder = tmp_path_factory.mktemp("adapter")
-    config = PTuningConfig(
-        num_virtual_tokens=V,
-        task_type="SEQ_CLS",
-        encoder_reparameterization_type=request.param,
-        **ENCODERS[request.param],
-    )
+@contextmanager
+def saved(folder: Path, config: PeftConfig) -> Iterator[Target]:
+    """A target whose folder holds an adapter of `config`; what was seen on it is looked at in the end."""
     get_peft_model(make_model("BERT", "SEQ_CLS"), config).save_pretrained(folder)
-    (folder / "README.md").unlink()
     shutil.copy(folder / CONFIG, folder / "config")
     shutil.copy(folder / WEIGHTS, folder / "weights")
     target = Target(folder)
     yield target
     assert not target.seen or len(target.seen) > 3, target.seen  # not one error for all
+
+
+@pytest.fixture(scope="module", params=ENCODERS, name="target")
+def _target(request, tmp_path_factory) -> Iterator[Target]:
+    sizes = {"encoder_reparameterization_type": request.param, **ENCODERS[request.param]}
+    config = PTuningConfig(num_virtual_tokens=V, task_type="SEQ_CLS", **sizes)
+    with saved(tmp_path_factory.mktemp("adapter"), config) as target:
+        yield target
 
 
 def restore(folder: Path) -> None:
@@ -187,13 +189,10 @@ def test_headers_that_lie(target, data) -> None:
 
 
 @pytest.fixture(scope="module", name="stock")
-def _stock(tmp_path_factory) -> Target:
-    folder = tmp_path_factory.mktemp("stock")
+def _stock(tmp_path_factory) -> Iterator[Target]:
     config = PromptTuningConfig(num_virtual_tokens=V, task_type="SEQ_CLS")
-    get_peft_model(make_model("BERT", "SEQ_CLS"), config).save_pretrained(folder)
-    shutil.copy(folder / CONFIG, folder / "config")
-    shutil.copy(folder / WEIGHTS, folder / "weights")
-    return Target(folder)
+    with saved(tmp_path_factory.mktemp("stock"), config) as target:
+        yield target
 
 
 def take_over(base: PreTrainedModel, folder: Path) -> PeftModel:

@@ -35,8 +35,7 @@ folder = sys.argv[1]
 base = lambda: AutoModelForCausalLM.from_pretrained(folder + "/base")
 ids = torch.tensor([[5, 6, 7, 8]])
 logits = lambda model: model.eval()(input_ids=ids).logits.tolist()
-error = lambda call: next(e for e in [_catch(call)])
-def _catch(call):
+def error(call):
     try:
         call()
     except Exception as exception:
