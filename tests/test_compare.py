@@ -98,6 +98,7 @@ def test_rates_are_chosen_on_training_rows_and_seeds_measured_on_the_test(data, 
         assert row["scores"] == [measured[f"test-lr{row['learning_rate']:g}-seed{seed}"] for seed in range(2)]
         assert not list((folder / row["method"]).rglob("*.safetensors"))
     head, lora = (next(row for row in rows if row["method"] == name) for name in ("head", "lora"))
+    assert head["scores_before"] == lora["scores_before"]  # the same model: LoRA's B starts at 0
     assert head["deployed_parameters"] < lora["deployed_parameters"]
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
 
@@ -132,6 +133,12 @@ def test_the_table(monkeypatch):
     assert cells[:2] == ["sst2, accuracy", "this package, NONE"]
     assert cells[2] == f"{mean(scores['ptuning']):.1%} ± {spread:.1%} (70.0%) of 2"
     assert cells[3:] == ["62%", "0.03", "1,234", "567"]  # (75 - 50) / (90 - 50)
+
+    rows[1]["scores_before"] = [0.4, 0.4]
+    rows[2] = {"task": "sst2", "method": "head", "metric": "accuracy", "error": "no head"}
+    assert "| 70% |" in compare.make_table(rows).splitlines()[2]  # (75 - 40) / (90 - 40)
+    del rows[2]
+    assert "%|" not in compare.make_table(rows).replace(" ", "").splitlines()[2]
 
 
 def test_recipes_are_run_in_processes_of_their_own(data, tmp_path, monkeypatch):
