@@ -5,10 +5,6 @@
 from __future__ import annotations
 
 import copy
-import json
-import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Optional
 
@@ -21,15 +17,13 @@ from transformers.models.auto import modeling_auto
 from .backbone import Backbone, find_backbone
 from .checkpoint import replacing
 from .export import Adapter, find_adapter
+from .tokenizer import save_with_prompt
 
 
 # The bias of the new entries where a model's output has one: a probability of 0.
 NEVER = -1e4
 # Files of a model that was in the folder before, which would be read with the new one.
 STALE = ("chat_template.*", "additional_chat_templates/*", "model*.safetensors*", "pytorch_model*.bin*")
-# Around the names that the entries have in a chat template: code points that Unicode reserves for the inside of
-# programs and forbids in texts that are exchanged (The Unicode Standard, 23.7).
-BEGIN, END = "\ufdd0", "\ufdd1"
 
 READS_EACH_TOKEN = (
     modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
@@ -100,7 +94,7 @@ def export_standalone(
     standalone = _make_model(adapter, backbone.embedding_path, prompt, first_id)
     standalone.generation_config = _make_generation_config(base_model, ids)
     with replacing(directory, STALE) as folder:
-        _save_tokenizer(folder, tokenizer, ids)
+        save_with_prompt(tokenizer, folder, ids)
         standalone.save_pretrained(folder)
 
 
@@ -241,125 +235,3 @@ def _make_generation_config(base_model: PreTrainedModel, ids: list[int]) -> Gene
         config.suppress_tokens = [*(config.suppress_tokens or []), *ids]
         config.renormalize_logits = True
     return config
-
-
-def _save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> None:
-    """Saves the tokenizer so that it puts `ids` in front of every text."""
-    names = [f"{BEGIN}virtual {i}{END}" for i in range(len(ids))]
-    template = tokenizer.chat_template
-    if template is not None:
-        tokenizer = copy.deepcopy(tokenizer)
-        is_named = isinstance(template, dict)
-        by_name = {
-            key: put_names_first(text, names) for key, text in (template if is_named else {"": template}).items()
-        }
-        tokenizer.chat_template = by_name if is_named else by_name[""]
-    tokenizer.save_pretrained(folder)
-    if not (folder / "tokenizer.json").is_file():
-        raise ValueError(
-            f"{type(tokenizer).__name__} has no tokenizer.json, and only the `tokenizers` library can be told to put "
-            "something in front of every text. Load the tokenizer with `AutoTokenizer` from a folder that has one."
-        )
-    with _changing(folder / "tokenizer.json") as state:
-        state["post_processor"] = put_ids_first(state["post_processor"], ids, names)
-        if template is not None:
-            _add_entries(state, ids, names)
-    with _changing(folder / "tokenizer_config.json") as config:
-        # Classes of single models make parts of the tokenizer anew when they load; this one takes the file as it is.
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"
-        config["model_input_names"] = tokenizer.model_input_names
-        for name in ("add_bos_token", "add_eos_token"):  # they would write the post-processor again
-            config.pop(name, None)
-
-
-@contextmanager
-def _changing(path: Path) -> Iterator[dict]:
-    state = json.loads(path.read_text(encoding="utf-8"))
-    yield state
-    path.write_text(json.dumps(state, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-
-
-def put_ids_first(post_processor: Optional[dict], ids: list[int], names: list[str]) -> dict:
-    """Returns what the `tokenizers` library reads as `post_processor` with `ids` in front.
-
-    Args:
-        post_processor (`dict`, *optional*): The entry of a tokenizer.json.
-        ids (`list[int]`): V ids, which need no entry in the vocabulary.
-        names (`list[str]`): Their names in the tokens of an encoding.
-
-    Raises:
-        ValueError: The kind of post-processor is unknown.
-    """
-    steps = post_processor["processors"] if (post_processor or {}).get("type") == "Sequence" else [post_processor]
-    steps = [step for step in steps if step is not None]
-    others = [step for step in steps if step["type"] == "ByteLevel"]  # they trim offsets
-    rest = [step for step in steps if step["type"] != "ByteLevel"]
-    if len(rest) > 1 or (rest and rest[0]["type"] not in TEMPLATES):
-        raise ValueError(
-            f"The tokenizer's post-processor {' and '.join(step['type'] for step in rest)} is not one that something "
-            f"can be put in front of: {', '.join(TEMPLATES)}."
-        )
-    if rest and rest[0]["type"] == "RobertaProcessing":
-        trims = {key: rest[0][key] for key in ("add_prefix_space", "trim_offsets")}
-        others.append({"type": "ByteLevel", **trims, "use_regex": True})
-    template = TEMPLATES[rest[0]["type"]](rest[0]) if rest else _template([], ["A0"], ["A0", "B1"])
-    first = f"{BEGIN}prompt{END}"
-    template["special_tokens"][first] = {"id": first, "ids": ids, "tokens": names}
-    for kind in ("single", "pair"):
-        template[kind].insert(0, {"SpecialToken": {"id": first, "type_id": 0}})
-    return {"type": "Sequence", "processors": [*others, template]} if others else template
-
-
-def _template(special: list[tuple[str, int]], single: list[str], pair: list[str]) -> dict:
-    """A `TemplateProcessing`. A piece is A, B or the number of a special token, and the token type."""
-
-    def piece(code: str) -> dict:
-        if code[0] in "AB":
-            return {"Sequence": {"id": code[0], "type_id": int(code[1])}}
-        return {"SpecialToken": {"id": special[int(code[0])][0], "type_id": int(code[1])}}
-
-    return {
-        "type": "TemplateProcessing",
-        "single": [piece(code) for code in single],
-        "pair": [piece(code) for code in pair],
-        "special_tokens": {token: {"id": token, "ids": [id], "tokens": [token]} for token, id in special},
-    }
-
-
-# Post-processors of the `tokenizers` library that put tokens around a text, written as a template.
-TEMPLATES: dict[str, Callable[[dict], dict]] = {
-    "TemplateProcessing": copy.deepcopy,
-    "BertProcessing": lambda step: _template(
-        [step["cls"], step["sep"]], ["00", "A0", "10"], ["00", "A0", "10", "B1", "11"]
-    ),
-    "RobertaProcessing": lambda step: _template(
-        [step["cls"], step["sep"]], ["00", "A0", "10"], ["00", "A0", "10", "10", "B0", "10"]
-    ),
-}
-
-
-def put_names_first(template: str, names: list[str]) -> str:
-    """Returns a chat template that writes `names`, then what `template` writes without the code points they have."""
-    template = re.sub(r"(\r\n|\r|\n)\Z", "", template)  # as Jinja does at the end
-    # Where an answer of the model begins can't be told inside a block that is kept: without the tag, callers who ask
-    # for it are warned.
-    template = re.sub(r"({%[-+]?\s*)generation(\s*[-+]?%})", r"\1if true\2", template)
-    template = re.sub(r"({%[-+]?\s*)endgeneration(\s*[-+]?%})", r"\1endif\2", template)
-    given = "{% set ptuning_text %}\n" + template + "{{ '' }}{% endset %}"
-    return f"{given}{{{{ '{''.join(names)}' + ptuning_text | replace('{BEGIN}', '') | replace('{END}', '') }}}}"
-
-
-def _add_entries(state: dict, ids: list[int], names: list[str]) -> None:
-    """Gives the new ids the names that the chat template writes."""
-    vocabulary = state["model"].get("vocab")
-    if not isinstance(vocabulary, dict):
-        raise ValueError(
-            f"The tokenizer has a chat template and the model {state['model'].get('type')}, whose vocabulary has no "
-            "places for the prompt behind the rows of the embedding. Remove the template to export it for plain texts."
-        )
-    for token in state["added_tokens"]:  # those outside of the vocabulary are numbered by its size
-        vocabulary.setdefault(token["content"], token["id"])
-    options = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    for id, name in zip(ids, names):
-        vocabulary[name] = id
-        state["added_tokens"].append({"id": id, "content": name, **options})
