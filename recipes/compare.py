@@ -11,7 +11,7 @@ that `TASKS` names. Without a folder, the data of the text classification recipe
 The learning rate of each method is the best of one grid on rows of the training file that are then trained on again;
 the test file is measured once per seed, with that rate. Every run is one of the recipes in a process of its own, on
 one thread, so that as many run at once as there are cores. Runs that are finished are not repeated: the command can be
-stopped and given again.
+stopped and given again. With other steps, prompts or models it needs an `--output_dir` of its own.
 """
 
 import argparse

@@ -14,6 +14,7 @@ from pathlib import Path
 
 sys.modules["peft"] = sys.modules["peft_ptuning_ext"] = None  # to import them is an ImportError now
 
+# After that line, as transformers looks for PEFT when it is imported.
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402
