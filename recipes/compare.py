@@ -4,14 +4,17 @@
 
     python recipes/compare.py --data_folder DATA --tasks sst2 banking77 wnut17 squad --output_dir outputs/compare
     python recipes/compare.py --data_folder DATA --tasks e2e_nlg --model_name_or_path FOLDER --output_dir outputs/e2e
+    python recipes/compare.py --data_folder DATA --tasks sst2 banking77 --ablation --output_dir outputs/compare
 
 DATA holds a folder for each task with its JSON lines: sst2/train.jsonl, sst2/test.jsonl and so on, with the columns
 that `TASKS` names. Without a folder, the data of the text classification recipe is compared on.
 
 The learning rate of each method is the best of one grid on rows of the training file that are then trained on again;
-the test file is measured once per seed, with that rate. Every run is one of the recipes in a process of its own, on
-one thread, so that as many run at once as there are cores. Runs that are finished are not repeated: the command can be
-stopped and given again. With other steps, prompts or models it needs an `--output_dir` of its own.
+the test file is measured once per seed, with that rate. With `--ablation` plain vectors are compared with one change
+of their recipe at a time, at the rate that was best for them, on those rows again: the test file chooses nothing.
+
+Every run is one of the recipes in a process of its own, on one thread, so that as many run at once as there are cores.
+Runs that are finished are not repeated: the command can be stopped and given again.
 """
 
 import argparse
@@ -43,6 +46,7 @@ class Task:
     options: dict = field(default_factory=dict)
     test_rows: int | None = None
     seeds: int = 3
+    search_seeds: int = 1
     learning_rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2, 1e-1)
     best: float = 1  # the highest value of the metric
 
@@ -66,9 +70,30 @@ METHODS = {
     "lora": Method("LoRA, r = 8", {"method": "lora"}),
     "head": Method("head only", {"method": "head"}),
 }
+# What `--ablation` compares with "ptuning".
+CHANGES = {
+    name: Method(text, METHODS["ptuning"].options | change)
+    for name, text, change in (
+        ("length5", "V = 5", {"num_virtual_tokens": 5}),
+        ("length50", "V = 50", {"num_virtual_tokens": 50}),
+        ("sample_vocab", "start `SAMPLE_VOCAB`", {"prompt_tuning_init": "SAMPLE_VOCAB"}),
+        ("constant", "constant rate after the warm-up", {"lr_scheduler_type": "constant_with_warmup"}),
+        ("no_warmup", "no warm-up", {"warmup_steps": 0}),
+        ("clip0.1", "clipping at 0.1", {"max_grad_norm": 0.1}),
+        ("no_clip", "no clipping", {"max_grad_norm": 0}),
+    )
+}
 BATCH = {"per_device_train_batch_size": 32, "train_sampling_strategy": "group_by_length"}
 TASKS = {
-    "sst2": Task("text_classification", "accuracy", "test.jsonl", 200, {**BATCH, "max_length": 64}, seeds=5),
+    "sst2": Task(
+        "text_classification",
+        "accuracy",
+        "test.jsonl",
+        200,
+        {**BATCH, "max_length": 64},
+        seeds=5,
+        search_seeds=3,
+    ),
     "banking77": Task("text_classification", "accuracy", "test.jsonl", 300, {**BATCH, "max_length": 64}),
     "wnut17": Task("token_classification", "f1", "test.jsonl", 200, {**BATCH, "max_length": 96}),
     "squad": Task(
@@ -94,18 +119,35 @@ TASKS = {
 SPEECH_ACTS = Task("text_classification", "accuracy", "test.jsonl", 300, {"per_device_train_batch_size": 16})
 
 
-def make_splits(source: Path, folder: Path, task: Task, held_out_rows: int) -> None:
-    """Writes the files of a comparison: train, test, and for the learning rate search_train and search_test."""
-    if (folder / "search_test.jsonl").is_file():
+def make_splits(source: Path, folder: Path, task: Task, args: argparse.Namespace) -> None:
+    """Writes the files of a comparison: train, test, and for the learning rate search_train and search_test.
+
+    Raises:
+        ValueError: `folder` holds runs of other settings, which would end in the same table.
+    """
+    settings = {name: getattr(args, name) for name in ("model_name_or_path", "num_virtual_tokens", "held_out_rows")}
+    settings |= {"max_steps": args.max_steps or task.steps, "test_rows": task.test_rows, **task.options}
+    noted = folder / "settings.json"
+    if noted.is_file():
+        found = json.loads(noted.read_text(encoding="utf-8"))
+        different = [name for name in settings if found.get(name) != settings[name]]
+        if different:
+            raise ValueError(
+                f"{folder} holds runs with "
+                f"{', '.join(f'{name}={found.get(name)!r} (now {settings[name]!r})' for name in different)}: "
+                "give another `--output_dir`."
+            )
         return
     train = _read_lines(source / "train.jsonl")
     test = _read_lines(source / task.test)
     order = random.Random(0).sample(train, len(train))
+    held_out_rows = args.held_out_rows
     folder.mkdir(parents=True, exist_ok=True)
     _write_lines(folder / "train.jsonl", train)
     _write_lines(folder / "test.jsonl", test if task.test_rows is None else _spread(test, task.test_rows))
     _write_lines(folder / "search_train.jsonl", order[held_out_rows:])
     _write_lines(folder / "search_test.jsonl", order[:held_out_rows])
+    noted.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def _read_lines(path: Path) -> list[str]:
@@ -166,7 +208,7 @@ def train(run: Run, task: Task, args: argparse.Namespace) -> dict | None:
             "use_cpu": args.use_cpu,
             "disable_tqdm": True,
             **task.options,
-            **METHODS[run.method].options,
+            **(METHODS | CHANGES)[run.method].options,
         }
         if args.model_name_or_path:
             options["model_name_or_path"] = args.model_name_or_path
@@ -182,50 +224,84 @@ def train(run: Run, task: Task, args: argparse.Namespace) -> dict | None:
         if done.returncode != 0:
             folder.mkdir(parents=True, exist_ok=True)
             error.write_text(done.stderr.strip().splitlines()[-1] + "\n", encoding="utf-8")
-            print(f"{folder.relative_to(output)}: {error.read_text(encoding='utf-8').strip()}", flush=True)
+            print(f"{folder.relative_to(output)}: {error.read_text(encoding='utf-8').strip()}\n", end="", flush=True)
             return None
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    print(f"{folder.relative_to(output)}: {task.metric} {task.score(metrics):.4f}", flush=True)
+    print(f"{folder.relative_to(output)}: {task.metric} {task.score(metrics):.4f}\n", end="", flush=True)
     return metrics
+
+
+def train_all(runs: list[Run], tasks: dict[str, Task], args: argparse.Namespace) -> dict[Run, dict | None]:
+    """Trains as many at once as there are workers."""
+    with ThreadPoolExecutor(args.workers) as pool:
+        return dict(zip(runs, pool.map(lambda run: train(run, tasks[run.task], args), runs), strict=True))
+
+
+def search(
+    pairs: list[tuple[str, str]], tasks: dict[str, Task], args: argparse.Namespace
+) -> dict[tuple[str, str], dict[float, list[float]]]:
+    """The scores on held-out rows of each task and method, a list of seeds for each rate; none where it refuses."""
+    runs = [
+        Run(task, method, rate, seed, True)
+        for task, method in pairs
+        for rate in args.learning_rates or tasks[task].learning_rates
+        for seed in range(args.search_seeds or tasks[task].search_seeds)
+    ]
+    scores = {pair: {} for pair in pairs}
+    for run, metrics in train_all(runs, tasks, args).items():
+        if metrics is not None:
+            scores[run.task, run.method].setdefault(run.learning_rate, []).append(tasks[run.task].score(metrics))
+    return scores
 
 
 def compare(tasks: dict[str, Task], args: argparse.Namespace) -> list[dict]:
     """Runs what is missing and returns one row per task and method."""
-    output = Path(args.output_dir)
-    pairs = [(task, method) for task in tasks for method in args.methods]
+    searched = search([(task, method) for task in tasks for method in args.methods], tasks, args)
+    return _measure(searched, {pair: _best(rates) for pair, rates in searched.items()}, False, tasks, args)
+
+
+def ablate(tasks: dict[str, Task], args: argparse.Namespace) -> list[dict]:
+    """Runs what is missing and returns one row per task and change of plain vectors, on the held-out rows."""
+    searched = search([(task, "ptuning") for task in tasks], tasks, args)
+    rates = {(task, name): _best(searched[task, "ptuning"]) for task in tasks for name in ("ptuning", *CHANGES)}
+    return _measure(searched, rates, True, tasks, args)
+
+
+def _best(scores: dict[float, list[float]]) -> float | None:
+    return max(scores, key=lambda rate: mean(scores[rate])) if scores else None
+
+
+def _measure(
+    searched: dict[tuple[str, str], dict[float, list[float]]],
+    rates: dict[tuple[str, str], float | None],
+    is_search: bool,
+    tasks: dict[str, Task],
+    args: argparse.Namespace,
+) -> list[dict]:
+    """A row for each task and method of `rates`, trained at its rate with each of the seeds."""
     seeds = {task: range(args.seeds or tasks[task].seeds) for task in tasks}
-
-    with ThreadPoolExecutor(args.workers) as pool:
-
-        def train_all(runs: list[Run]) -> dict[Run, dict | None]:
-            return dict(zip(runs, pool.map(lambda run: train(run, tasks[run.task], args), runs), strict=True))
-
-        searched = {pair: {} for pair in pairs}
-        rates = {task: args.learning_rates or tasks[task].learning_rates for task in tasks}
-        searches = [Run(*pair, rate, 0, True) for pair in pairs for rate in rates[pair[0]]]
-        for run, metrics in train_all(searches).items():
-            if metrics is not None:
-                searched[run.task, run.method][run.learning_rate] = tasks[run.task].score(metrics)
-        best = {pair: max(scores, key=scores.get) for pair, scores in searched.items() if scores}
-        tests = [Run(*pair, rate, seed, False) for pair, rate in best.items() for seed in seeds[pair[0]]]
-        measured = train_all(tests)
-
+    runs = {
+        (task, method): [Run(task, method, rate, seed, is_search) for seed in seeds[task]]
+        for (task, method), rate in rates.items()
+        if rate is not None
+    }
+    measured = train_all([run for group in runs.values() for run in group], tasks, args)
+    output = Path(args.output_dir)
     rows = []
-    for task, method in pairs:
+    for task, method in rates:
         row = {"task": task, "method": method, "metric": tasks[task].metric}
-        runs = [run for run in [*measured, *searches] if (run.task, run.method) == (task, method)]
-        runs = [run for run in runs if run.is_search == ((task, method) not in best)]
-        errors = [run.folder(output) / "error.txt" for run in runs]
-        if error := next((path for path in errors if path.is_file()), None):
-            row["error"] = error.read_text(encoding="utf-8").strip()
+        found = [measured[run] for run in runs.get((task, method), [])]
+        if not found or None in found:
+            errors = sorted((output / task / method).glob("*/error.txt"))
+            row["error"] = errors[0].read_text(encoding="utf-8").strip()
         else:
             row |= {
-                "learning_rate": best[task, method],
-                "search": {str(rate): score for rate, score in searched[task, method].items()},
-                "scores": [tasks[task].score(measured[run]) for run in runs],
-                "scores_before": [tasks[task].score(measured[run], "before") for run in runs],
-                "trained_parameters": measured[runs[0]]["trained_parameters"],
-                "deployed_parameters": measured[runs[0]]["deployed_parameters"],
+                "learning_rate": rates[task, method],
+                "search": {str(rate): scores for rate, scores in searched.get((task, method), {}).items()},
+                "scores": [tasks[task].score(metrics) for metrics in found],
+                "scores_before": [tasks[task].score(metrics, "before") for metrics in found],
+                "trained_parameters": found[0]["trained_parameters"],
+                "deployed_parameters": found[0]["deployed_parameters"],
             }
         rows.append(row)
     return rows
@@ -239,7 +315,7 @@ def make_table(rows: list[dict]) -> str:
     ]
     by_key = {(row["task"], row["method"]): row for row in rows}
     for row in rows:
-        name = METHODS[row["method"]].name
+        name = (METHODS | CHANGES)[row["method"]].name
         if "error" in row:
             lines.append(f"| {row['task']}, {row['metric']} | {name} | {row['error']} | | | | |")
             continue
@@ -268,7 +344,7 @@ def plot(rows: list[dict], path: Path) -> None:
         for x, row in enumerate(measured):
             axes.plot([x] * len(row["scores"]), row["scores"], "o", markersize=4, alpha=0.6, color="C0")
             axes.plot([x - 0.3, x + 0.3], [mean(row["scores"])] * 2, color="C0")
-        names = [METHODS[row["method"]].name for row in measured]
+        names = [(METHODS | CHANGES)[row["method"]].name for row in measured]
         axes.set_xticks(range(len(measured)), names, rotation=60, ha="right")
         axes.set(title=task, ylabel=measured[0]["metric"] if measured else "")
     figure.savefig(path, dpi=150)
@@ -282,11 +358,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--tasks", nargs="+", choices=TASKS, help="Tasks of the data folder. Default: all but e2e_nlg."
     )
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help="Default: all.")
+    parser.add_argument(
+        "--ablation", action="store_true", help="Compare changes of this package's recipe, on held-out rows."
+    )
     parser.add_argument("--model_name_or_path", help="Backbone. Default: each recipe's own.")
     parser.add_argument("--learning_rates", nargs="+", type=float, help="What is searched. Default: the task's.")
     parser.add_argument("--num_virtual_tokens", type=int, default=20)
     parser.add_argument("--seeds", type=int, help="Seeds per method. Default: the task's, 3 or 5.")
+    parser.add_argument("--search_seeds", type=int, help="Seeds per learning rate. Default: the task's, 1 or 3.")
     parser.add_argument("--max_steps", type=int, help="Optimizer steps. Default: the task's.")
     parser.add_argument("--held_out_rows", type=int, default=500, help="Training rows kept for the learning rate.")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="Runs at the same time.")
@@ -295,17 +375,20 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if (args.tasks is not None) and args.data_folder is None:
         parser.error("--tasks needs --data_folder")
+    if args.ablation and args.methods is not None:
+        parser.error("--ablation compares changes of ptuning and takes no --methods")
+    args.methods = args.methods or list(METHODS)
 
     output = Path(args.output_dir)
     names = args.tasks or [name for name in TASKS if name != "e2e_nlg"]
     tasks = {name: TASKS[name] for name in names} if args.data_folder else {"speech_acts": SPEECH_ACTS}
     for name, task in tasks.items():
-        make_splits((args.data_folder or DATA) / name, output / name, task, args.held_out_rows)
-    rows = compare(tasks, args)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "compare.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-    (output / "compare.md").write_text(make_table(rows) + "\n", encoding="utf-8")
-    plot(rows, output / "compare.png")
+        make_splits((args.data_folder or DATA) / name, output / name, task, args)
+    rows = ablate(tasks, args) if args.ablation else compare(tasks, args)
+    name = "ablation" if args.ablation else "compare"
+    (output / f"{name}.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    (output / f"{name}.md").write_text(make_table(rows) + "\n", encoding="utf-8")
+    plot(rows, output / f"{name}.png")
     print(make_table(rows))
 
 

@@ -18,6 +18,7 @@ from tiny_recipes import RECIPES, save_backbone, write_rows
 
 
 RATES = [0.001, 0.1]
+CHANGED = ["num_virtual_tokens", "prompt_tuning_init", "lr_scheduler_type", "warmup_steps", "max_grad_norm"]
 
 
 @pytest.fixture(scope="module")
@@ -58,22 +59,24 @@ def shorten(monkeypatch):
     """Texts that fit into the tiny backbone."""
     for name in ("sst2", "wnut17"):
         task = compare.TASKS[name]
-        options = {**task.options, "max_length": 40, "per_device_train_batch_size": 8, "bf16": False}
+        options = {**task.options, "max_length": 14, "per_device_train_batch_size": 8, "bf16": False}
         monkeypatch.setitem(compare.TASKS, name, dataclasses.replace(task, options=options))
 
 
-def run(data, output, *words, methods):
+def run(data, output, *words, methods=None):
     arguments = ["--data_folder", str(data.folder), "--model_name_or_path", data.model, "--output_dir", str(output)]
     arguments += ["--learning_rates", *map(str, RATES), "--num_virtual_tokens", "4", "--max_steps", "3"]
-    compare.main([*arguments, "--workers", "1", "--held_out_rows", "10", "--methods", *methods, *words])
-    return json.loads((output / "compare.json").read_text())
+    arguments += ["--workers", "1", "--held_out_rows", "10", *words]
+    compare.main([*arguments, *(["--methods", *methods] if methods else [])])
+    return json.loads((output / f"{'compare' if methods else 'ablation'}.json").read_text())
 
 
 def test_rates_are_chosen_on_training_rows_and_seeds_measured_on_the_test(data, runs, tmp_path):
-    rows = run(data, tmp_path, "--tasks", "sst2", "--seeds", "2", methods=["ptuning", "lora", "head"])
+    words = ["--tasks", "sst2", "--seeds", "2", "--search_seeds", "2"]
+    rows = run(data, tmp_path, *words, methods=["ptuning", "lora", "head"])
     searches = [words for words in runs if "search_test" in words["--validation_file"]]
     tests = [words for words in runs if words not in searches]
-    assert len(searches) == 3 * len(RATES)
+    assert len(searches) == 3 * 2 * len(RATES)
     assert len(tests) == 3 * 2
     assert all("search_train" in words["--train_file"] for words in searches)
     assert all(Path(words["--train_file"]).name == "train.jsonl" for words in tests)
@@ -93,8 +96,10 @@ def test_rates_are_chosen_on_training_rows_and_seeds_measured_on_the_test(data, 
             path.parent.name: json.loads(path.read_text())["after"]["accuracy"]
             for path in (folder / row["method"]).glob("*/metrics.json")
         }
-        assert row["search"] == {str(rate): measured[f"search-lr{rate:g}-seed0"] for rate in RATES}
-        assert row["search"][str(row["learning_rate"])] == max(row["search"].values())
+        assert row["search"] == {
+            str(rate): [measured[f"search-lr{rate:g}-seed{seed}"] for seed in range(2)] for rate in RATES
+        }
+        assert mean(row["search"][str(row["learning_rate"])]) == max(map(mean, row["search"].values()))
         assert row["scores"] == [measured[f"test-lr{row['learning_rate']:g}-seed{seed}"] for seed in range(2)]
         assert not list((folder / row["method"]).rglob("*.safetensors"))
     head, lora = (next(row for row in rows if row["method"] == name) for name in ("head", "lora"))
@@ -110,6 +115,50 @@ def test_what_is_finished_is_not_run_again(data, runs, tmp_path):
     assert len(runs) == count
     run(data, tmp_path, "--tasks", "sst2", "--seeds", "2", methods=["head"])
     assert len(runs) == count + 1
+
+
+def test_runs_of_other_settings_do_not_end_in_one_table(data, runs, tmp_path):
+    words = ["--tasks", "sst2", "--seeds", "1", "--search_seeds", "1"]
+    run(data, tmp_path, *words, methods=["head"])
+    count = len(runs)
+    with pytest.raises(
+        ValueError,
+        match=r"runs with num_virtual_tokens=4 \(now 6\), max_steps=3 \(now 5\): give another `--output_dir`",
+    ):
+        run(data, tmp_path, *words, "--max_steps", "5", "--num_virtual_tokens", "6", methods=["head"])
+    assert len(runs) == count
+    assert (tmp_path / "compare.json").is_file()
+
+
+def test_one_change_at_a_time_at_the_rate_of_the_unchanged(data, runs, tmp_path):
+    rows = run(data, tmp_path, "--tasks", "sst2", "--seeds", "2", "--search_seeds", "1", "--ablation")
+    assert all("search_test" in words["--validation_file"] for words in runs)
+    rate = max(rows[0]["search"], key=rows[0]["search"].get)
+    assert {row["learning_rate"] for row in rows} == {float(rate)}
+    assert [row["method"] for row in rows] == ["ptuning", *compare.CHANGES]
+    folders = [words["--output_dir"] for words in runs]
+    assert len(folders) == len(set(folders)) == len(RATES) + 1 + 2 * len(compare.CHANGES)
+
+    seen = set()
+    plain = next(words for words in runs if words["--output_dir"].endswith(f"sst2/ptuning/search-lr{rate}-seed1"))
+    for row in rows:
+        metrics = [
+            json.loads(
+                (tmp_path / "sst2" / row["method"] / f"search-lr{rate}-seed{seed}" / "metrics.json").read_text()
+            )
+            for seed in range(2)
+        ]
+        assert row["scores"] == [found["after"]["accuracy"] for found in metrics]
+        if row["method"] != "ptuning":
+            (words,) = (
+                found for found in runs if found["--output_dir"].endswith(f"{row['method']}/search-lr{rate}-seed1")
+            )
+            (changed,) = {name for name in words if words[name] != plain.get(name)} - {"--output_dir"}
+            seen.add(changed)
+    trained = {row["method"]: row["trained_parameters"] for row in rows}
+    assert seen == {f"--{name}" for name in CHANGED}
+    assert trained["length5"] < trained["length50"]
+    assert len((tmp_path / "ablation.md").read_text().splitlines()) == 2 + len(rows)
 
 
 def test_a_method_that_refuses_a_task_says_so_in_the_table(data, runs, tmp_path):
@@ -151,7 +200,18 @@ def test_recipes_are_run_in_processes_of_their_own(data, tmp_path, monkeypatch):
 
     monkeypatch.setattr(compare, "subprocess", SimpleNamespace(run=run_and_note))
     words = ["--data_folder", str(data.folder), "--tasks", "sst2", "--model_name_or_path", data.model, "--seeds", "1"]
-    words += ["--methods", "head", "--max_steps", "2", "--held_out_rows", "10", "--num_virtual_tokens", "4"]
+    words += [
+        "--search_seeds",
+        "1",
+        "--methods",
+        "head",
+        "--max_steps",
+        "2",
+        "--held_out_rows",
+        "10",
+        "--num_virtual_tokens",
+        "4",
+    ]
     compare.main([*words, "--learning_rates", "0.1", "--output_dir", str(tmp_path)])
     (row,) = json.loads((tmp_path / "compare.json").read_text())
     assert len(row["scores"]) == 1
