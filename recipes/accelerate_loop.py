@@ -5,7 +5,7 @@
 python recipes/accelerate_loop.py
 python recipes/classify.py outputs/accelerate_loop "Could you open the window?"
 accelerate launch --config_file recipes/accelerate/ddp.yaml recipes/accelerate_loop.py --learning_rate 1e-2
-python recipes/accelerate_loop.py --resume_from_checkpoint outputs/accelerate_loop/checkpoint-6
+python recipes/accelerate_loop.py --resume_from_checkpoint last
 """
 
 import json
@@ -20,6 +20,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DataLoaderConfiguration, extract_model_from_parallel, set_seed
 from arguments import DataArguments, MethodArguments, ModelArguments, parse_arguments
+from checkpoints import find_checkpoint
 from huggingface_hub import create_repo
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from report import describe, make_command, plot_confusion, push, write_card, write_predictions, write_results
@@ -48,7 +49,9 @@ class LoopArguments:
     use_cpu: bool = field(default=False, metadata={"help": "Leave accelerators alone."})
     seed: int = field(default=42, metadata={"help": "Decides the run, bitwise on one CPU process."})
     load_best_model_at_end: bool = field(default=False, metadata={"help": "Keep the epoch of the best accuracy."})
-    resume_from_checkpoint: str | None = field(default=None, metadata={"help": "A folder checkpoint-N of this loop."})
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": 'A folder checkpoint-N of this loop, or "last".'}
+    )
     report_to: Literal["tensorboard"] | None = field(default=None, metadata={"help": "Where else to log."})
     push_to_hub: bool = field(default=False, metadata={"help": "Upload the output folder at the end."})
     hub_model_id: str | None = field(default=None, metadata={"help": "Repository. Default: name of the folder."})
@@ -96,6 +99,7 @@ def main(argv: list[str] | None = None) -> None:
     dataclasses = [ModelArguments, DataArguments, ColumnArguments, MethodArguments, LoopArguments]
     model_args, data_args, columns, method, args = parse_arguments(dataclasses, {}, argv)
     folder = Path(args.output_dir)
+    checkpoint = find_checkpoint(args, is_whole=lambda folder: True)  # see save_checkpoint
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -145,9 +149,9 @@ def main(argv: list[str] | None = None) -> None:
     measured = "test" if "test" in loaders else "validation"
     before, _, _ = measure(measured)
     history, first_epoch = [], 0
-    if args.resume_from_checkpoint:
-        accelerator.load_state(args.resume_from_checkpoint)
-        history = json.loads((Path(args.resume_from_checkpoint) / "history.json").read_text(encoding="utf-8"))
+    if checkpoint:
+        accelerator.load_state(checkpoint)
+        history = json.loads((Path(checkpoint) / "history.json").read_text(encoding="utf-8"))
         first_epoch = int(history[-1]["epoch"])
     progress = tqdm(
         total=args.num_train_epochs * len(train_loader),

@@ -3,6 +3,7 @@
 """Finds the checkpoint that an interrupted run can go on from."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from zipfile import is_zipfile
 
@@ -20,9 +21,13 @@ def last_whole_checkpoint(output_dir: str | Path, processes: int = 1) -> str | N
         output_dir (`str` or `Path`): The Trainer's.
         processes (`int`, defaults to 1): How many have trained: `TrainingArguments.world_size`.
     """
+    return next((str(folder) for folder in newest_first(output_dir) if _is_whole(folder, processes)), None)
+
+
+def newest_first(output_dir: str | Path) -> list[Path]:
+    """Returns the checkpoints of a folder, the one after the most steps or epochs first."""
     folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
-    folders.sort(key=lambda path: int(path.name.split("-")[1]), reverse=True)
-    return next((str(folder) for folder in folders if _is_whole(folder, processes)), None)
+    return sorted(folders, key=lambda path: int(path.name.split("-")[1]), reverse=True)
 
 
 def _is_whole(folder: Path, processes: int) -> bool:
@@ -42,15 +47,20 @@ def _is_whole(folder: Path, processes: int) -> bool:
     return all(is_zipfile(path) for path in pickles)  # as torch writes them; the directory is at a zip file's end
 
 
-def find_checkpoint(args: TrainingArguments) -> str | None:
+def find_checkpoint(args: TrainingArguments, is_whole: Callable[[Path], bool] | None = None) -> str | None:
     """Returns the folder that `--resume_from_checkpoint` means; "last" is the last whole one of the output folder.
+
+    Args:
+        args (`TrainingArguments`): Or what has `resume_from_checkpoint` and `output_dir` as they have.
+        is_whole (`Callable`, *optional*): Tells a whole checkpoint. Default: what holds for the Trainer's.
 
     Raises:
         ValueError: There is none.
     """
     if args.resume_from_checkpoint != "last":
         return args.resume_from_checkpoint
-    found = last_whole_checkpoint(args.output_dir, args.world_size)
+    is_whole = is_whole or (lambda folder: _is_whole(folder, args.world_size))
+    found = next(filter(is_whole, newest_first(args.output_dir)), None)
     if found is None:
         raise ValueError(f"`--resume_from_checkpoint last`: there is no whole checkpoint in {args.output_dir}.")
-    return found
+    return str(found)

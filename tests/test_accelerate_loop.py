@@ -109,6 +109,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(trained, tiny, tmp_path, monk
     def save_and_stop(accelerator, folder, history):
         save_checkpoint(accelerator, folder, history)
         if folder.name == "checkpoint-2":
+            (tmp_path / "unfinished").mkdir()  # what a process that is killed while it saves would leave
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -116,7 +117,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(trained, tiny, tmp_path, monk
         with pytest.raises(KeyboardInterrupt):
             run({**tiny, "output_dir": tmp_path})
     assert not (tmp_path / "metrics.json").exists()
-    run({**tiny, "output_dir": tmp_path, "resume_from_checkpoint": tmp_path / "checkpoint-2"})
+    with pytest.raises(ValueError, match="checkpoint last`: there is no whole checkpoint in .*empty"):
+        run({**tiny, "output_dir": tmp_path / "empty", "resume_from_checkpoint": "last"})
+    run({**tiny, "output_dir": tmp_path, "resume_from_checkpoint": "last"})
     assert read_metrics(tmp_path) == trained.metrics
     name = "adapter_model.safetensors"
     assert (tmp_path / name).read_bytes() == (trained.folder / name).read_bytes()
