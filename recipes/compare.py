@@ -261,8 +261,15 @@ def compare(tasks: dict[str, Task], args: argparse.Namespace) -> list[dict]:
 
 
 def ablate(tasks: dict[str, Task], args: argparse.Namespace) -> list[dict]:
-    """Runs what is missing and returns one row per task and change of plain vectors, on the held-out rows."""
+    """Runs what is missing and returns one row per task and change of plain vectors, on the held-out rows.
+
+    Raises:
+        ValueError: A task can't be trained even without a change.
+    """
     searched = search([(task, "ptuning") for task in tasks], tasks, args)
+    refused = next((task for (task, _), rates in searched.items() if not rates), None)
+    if refused is not None:
+        raise ValueError(f"{refused}: {_read_error(refused, 'ptuning', args)}")
     rates = {(task, name): _best(searched[task, "ptuning"]) for task in tasks for name in ("ptuning", *CHANGES)}
     return _measure(searched, rates, True, tasks, args)
 
@@ -286,14 +293,12 @@ def _measure(
         if rate is not None
     }
     measured = train_all([run for group in runs.values() for run in group], tasks, args)
-    output = Path(args.output_dir)
     rows = []
     for task, method in rates:
         row = {"task": task, "method": method, "metric": tasks[task].metric}
         found = [measured[run] for run in runs.get((task, method), [])]
         if not found or None in found:
-            errors = sorted((output / task / method).glob("*/error.txt"))
-            row["error"] = errors[0].read_text(encoding="utf-8").strip()
+            row["error"] = _read_error(task, method, args)
         else:
             row |= {
                 "learning_rate": rates[task, method],
@@ -307,6 +312,11 @@ def _measure(
     return rows
 
 
+def _read_error(task: str, method: str, args: argparse.Namespace) -> str:
+    errors = sorted((Path(args.output_dir) / task / method).glob("*/error.txt"))
+    return errors[0].read_text(encoding="utf-8").strip()
+
+
 def make_table(rows: list[dict]) -> str:
     """The rows as Markdown: mean ± standard deviation of the seeds, the worst, and how far from the head to LoRA."""
     lines = [
@@ -315,12 +325,11 @@ def make_table(rows: list[dict]) -> str:
     ]
     by_key = {(row["task"], row["method"]): row for row in rows}
     for row in rows:
-        name = (METHODS | CHANGES)[row["method"]].name
+        name = METHODS[row["method"]].name
         if "error" in row:
             lines.append(f"| {row['task']}, {row['metric']} | {name} | {row['error']} | | | | |")
             continue
         scores = row["scores"]
-        spread = f" ± {stdev(scores):.1%}" if len(scores) > 1 else ""
         head, lora = (by_key.get((row["task"], method), {}) for method in ("head", "lora"))
         # Without a head to train the way begins at the model itself, which LoRA computes before it is trained.
         start = head.get("scores") or ("error" in head and lora.get("scores_before"))
@@ -328,11 +337,26 @@ def make_table(rows: list[dict]) -> str:
         if start and "scores" in lora and mean(lora["scores"]) != mean(start):
             way = f"{(mean(scores) - mean(start)) / (mean(lora['scores']) - mean(start)):.0%}"
         lines.append(
-            f"| {row['task']}, {row['metric']} | {name} | {mean(scores):.1%}{spread} ({min(scores):.1%}) of "
-            f"{len(scores)} | {way} | {row['learning_rate']:g} | {row['trained_parameters']:,} | "
-            f"{row['deployed_parameters']:,} |"
+            f"| {row['task']}, {row['metric']} | {name} | {_describe(scores)} of {len(scores)} | {way} | "
+            f"{row['learning_rate']:g} | {row['trained_parameters']:,} | {row['deployed_parameters']:,} |"
         )
     return "\n".join(lines)
+
+
+def make_ablation_table(rows: list[dict]) -> str:
+    """The rows as Markdown, a column per task: mean ± standard deviation of the seeds and the worst."""
+    plain = [row for row in rows if row["method"] == "ptuning"]
+    columns = {row["task"]: f"{row['task']}, {row['metric']}, rate {row['learning_rate']:g}" for row in plain}
+    cells = {(row["task"], row["method"]): row.get("error") or _describe(row["scores"]) for row in rows}
+    lines = [["change", *columns.values()], ["---"] * (1 + len(columns))]
+    for method, name in {"ptuning": "none", **{key: change.name for key, change in CHANGES.items()}}.items():
+        lines.append([name, *(cells[task, method] for task in columns)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _describe(scores: list[float]) -> str:
+    spread = f" ± {stdev(scores):.1%}" if len(scores) > 1 else ""
+    return f"{mean(scores):.1%}{spread} ({min(scores):.1%})"
 
 
 def plot(rows: list[dict], path: Path) -> None:
@@ -385,11 +409,12 @@ def main(argv: list[str] | None = None) -> None:
     for name, task in tasks.items():
         make_splits((args.data_folder or DATA) / name, output / name, task, args)
     rows = ablate(tasks, args) if args.ablation else compare(tasks, args)
+    table = make_ablation_table(rows) if args.ablation else make_table(rows)
     name = "ablation" if args.ablation else "compare"
     (output / f"{name}.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-    (output / f"{name}.md").write_text(make_table(rows) + "\n", encoding="utf-8")
+    (output / f"{name}.md").write_text(table + "\n", encoding="utf-8")
     plot(rows, output / f"{name}.png")
-    print(make_table(rows))
+    print(table)
 
 
 if __name__ == "__main__":

@@ -158,7 +158,19 @@ def test_one_change_at_a_time_at_the_rate_of_the_unchanged(data, runs, tmp_path)
     trained = {row["method"]: row["trained_parameters"] for row in rows}
     assert seen == {f"--{name}" for name in CHANGED}
     assert trained["length5"] < trained["length50"]
-    assert len((tmp_path / "ablation.md").read_text().splitlines()) == 2 + len(rows)
+    table = (tmp_path / "ablation.md").read_text().splitlines()
+    assert table[0] == f"| change | sst2, accuracy, rate {float(rate):g} |"
+    assert len(table) == 2 + len(rows)
+    scores = rows[1]["scores"]
+    assert table[3] == f"| V = 5 | {mean(scores):.1%} ± {stdev(scores):.1%} ({min(scores):.1%}) |"
+
+
+def test_no_change_is_tried_where_the_unchanged_refuses(data, runs, tmp_path):
+    words = ["--tasks", "sst2", "--search_seeds", "1", "--ablation", "--num_virtual_tokens", "60"]
+    with pytest.raises(ValueError, match="sst2: ValueError: 60 virtual tokens and"):
+        run(data, tmp_path, *words)
+    assert len(runs) == len(RATES)
+    assert not (tmp_path / "ablation.json").exists()
 
 
 def test_a_method_that_refuses_a_task_says_so_in_the_table(data, runs, tmp_path):
