@@ -76,8 +76,8 @@ CHANGES = {
     for name, text, change in (
         ("length5", "V = 5", {"num_virtual_tokens": 5}),
         ("length50", "V = 50", {"num_virtual_tokens": 50}),
-        ("sample_vocab", "start `SAMPLE_VOCAB`", {"prompt_tuning_init": "SAMPLE_VOCAB"}),
-        ("constant", "constant rate after the warm-up", {"lr_scheduler_type": "constant_with_warmup"}),
+        ("sample_vocab", "start SAMPLE_VOCAB", {"prompt_tuning_init": "SAMPLE_VOCAB"}),
+        ("constant", "constant rate", {"lr_scheduler_type": "constant_with_warmup"}),
         ("no_warmup", "no warm-up", {"warmup_steps": 0}),
         ("clip0.1", "clipping at 0.1", {"max_grad_norm": 0.1}),
         ("no_clip", "no clipping", {"max_grad_norm": 0}),
