@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
     dataclasses = [ModelArguments, DataArguments, ColumnArguments, MethodArguments, LoopArguments]
     model_args, data_args, columns, method, args = parse_arguments(dataclasses, {}, argv)
     folder = Path(args.output_dir)
-    checkpoint = find_checkpoint(args, is_whole=lambda folder: True)  # see save_checkpoint
+    checkpoint = find_checkpoint(args, are_whole=True)  # see save_checkpoint
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,

@@ -3,7 +3,6 @@
 """Finds the checkpoint that an interrupted run can go on from."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from zipfile import is_zipfile
 
@@ -47,20 +46,22 @@ def _is_whole(folder: Path, processes: int) -> bool:
     return all(is_zipfile(path) for path in pickles)  # as torch writes them; the directory is at a zip file's end
 
 
-def find_checkpoint(args: TrainingArguments, is_whole: Callable[[Path], bool] | None = None) -> str | None:
+def find_checkpoint(args: TrainingArguments, are_whole: bool = False) -> str | None:
     """Returns the folder that `--resume_from_checkpoint` means; "last" is the last whole one of the output folder.
 
     Args:
         args (`TrainingArguments`): Or what has `resume_from_checkpoint` and `output_dir` as they have.
-        is_whole (`Callable`, *optional*): Tells a whole checkpoint. Default: what holds for the Trainer's.
+        are_whole (`bool`, defaults to `False`): They are moved into place when whole, unlike the Trainer's.
 
     Raises:
         ValueError: There is none.
     """
     if args.resume_from_checkpoint != "last":
         return args.resume_from_checkpoint
-    is_whole = is_whole or (lambda folder: _is_whole(folder, args.world_size))
-    found = next(filter(is_whole, newest_first(args.output_dir)), None)
+    if are_whole:
+        found = next(map(str, newest_first(args.output_dir)), None)
+    else:
+        found = last_whole_checkpoint(args.output_dir, args.world_size)
     if found is None:
         raise ValueError(f"`--resume_from_checkpoint last`: there is no whole checkpoint in {args.output_dir}.")
-    return str(found)
+    return found

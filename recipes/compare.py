@@ -83,6 +83,7 @@ CHANGES = {
         ("no_clip", "no clipping", {"max_grad_norm": 0}),
     )
 }
+TRAINED = METHODS | CHANGES
 BATCH = {"per_device_train_batch_size": 32, "train_sampling_strategy": "group_by_length"}
 TASKS = {
     "sst2": Task(
@@ -125,7 +126,8 @@ def make_splits(source: Path, folder: Path, task: Task, args: argparse.Namespace
     Raises:
         ValueError: `folder` holds runs of other settings, which would end in the same table.
     """
-    settings = {name: getattr(args, name) for name in ("model_name_or_path", "num_virtual_tokens", "held_out_rows")}
+    names = ("model_name_or_path", "num_virtual_tokens", "held_out_rows", "use_cpu")
+    settings = {name: getattr(args, name) for name in names}
     settings |= {"max_steps": args.max_steps or task.steps, "test_rows": task.test_rows, **task.options}
     noted = folder / "settings.json"
     if noted.is_file():
@@ -208,7 +210,7 @@ def train(run: Run, task: Task, args: argparse.Namespace) -> dict | None:
             "use_cpu": args.use_cpu,
             "disable_tqdm": True,
             **task.options,
-            **(METHODS | CHANGES)[run.method].options,
+            **TRAINED[run.method].options,
         }
         if args.model_name_or_path:
             options["model_name_or_path"] = args.model_name_or_path
@@ -223,7 +225,8 @@ def train(run: Run, task: Task, args: argparse.Namespace) -> dict | None:
             weights.unlink()
         if done.returncode != 0:
             folder.mkdir(parents=True, exist_ok=True)
-            error.write_text(done.stderr.strip().splitlines()[-1] + "\n", encoding="utf-8")
+            lines = done.stderr.strip().splitlines() if done.returncode > 0 else []  # a signal leaves no reason there
+            error.write_text((lines or [f"ended with status {done.returncode}"])[-1] + "\n", encoding="utf-8")
             print(f"{folder.relative_to(output)}: {error.read_text(encoding='utf-8').strip()}\n", end="", flush=True)
             return None
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
@@ -368,7 +371,7 @@ def plot(rows: list[dict], path: Path) -> None:
         for x, row in enumerate(measured):
             axes.plot([x] * len(row["scores"]), row["scores"], "o", markersize=4, alpha=0.6, color="C0")
             axes.plot([x - 0.3, x + 0.3], [mean(row["scores"])] * 2, color="C0")
-        names = [(METHODS | CHANGES)[row["method"]].name for row in measured]
+        names = [TRAINED[row["method"]].name for row in measured]
         axes.set_xticks(range(len(measured)), names, rotation=60, ha="right")
         axes.set(title=task, ylabel=measured[0]["metric"] if measured else "")
     figure.savefig(path, dpi=150)

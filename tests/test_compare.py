@@ -180,7 +180,14 @@ def test_a_method_that_refuses_a_task_says_so_in_the_table(data, runs, tmp_path)
     assert rows[0]["error"] in (tmp_path / "compare.md").read_text()
 
 
-def test_the_table(monkeypatch):
+def test_a_killed_run_says_so_in_the_table(data, tmp_path, monkeypatch):
+    killed = SimpleNamespace(returncode=-9, stderr="Map: 100%")
+    monkeypatch.setattr(compare, "subprocess", SimpleNamespace(run=lambda command, **kwargs: killed))
+    (row,) = run(data, tmp_path, "--tasks", "sst2", methods=["head"])
+    assert row["error"] == "ended with status -9"
+
+
+def test_the_table():
     scores = {"ptuning": [0.7, 0.8], "lora": [0.9, 0.9], "head": [0.5, 0.5]}
     rows = [
         {"task": "sst2", "method": method, "metric": "accuracy", "scores": values, "learning_rate": 0.03}
@@ -212,18 +219,8 @@ def test_recipes_are_run_in_processes_of_their_own(data, tmp_path, monkeypatch):
 
     monkeypatch.setattr(compare, "subprocess", SimpleNamespace(run=run_and_note))
     words = ["--data_folder", str(data.folder), "--tasks", "sst2", "--model_name_or_path", data.model, "--seeds", "1"]
-    words += [
-        "--search_seeds",
-        "1",
-        "--methods",
-        "head",
-        "--max_steps",
-        "2",
-        "--held_out_rows",
-        "10",
-        "--num_virtual_tokens",
-        "4",
-    ]
+    words += ["--search_seeds", "1", "--methods", "head", "--max_steps", "2", "--held_out_rows", "10"]
+    words += ["--num_virtual_tokens", "4"]
     compare.main([*words, "--learning_rates", "0.1", "--output_dir", str(tmp_path)])
     (row,) = json.loads((tmp_path / "compare.json").read_text())
     assert len(row["scores"]) == 1
