@@ -6,12 +6,14 @@ Importing this package registers the method with PEFT and has no other effect.
 """
 
 from .config import PromptEncoderType, PTuningConfig
-from .encoder import PromptEncoder
-from .export import export_to_peft, fold_prompt, import_from_peft, make_model_card, to_prompt_embeds
-from .layer import PTuningLayer
+from .export.model_card import make_model_card
+from .export.prompt import fold_prompt, to_prompt_embeds
+from .export.standalone import export_standalone
+from .export.stock import export_to_peft, import_from_peft
 from .monitor import PromptMonitor
+from .prompts.encoder import PromptEncoder
+from .prompts.layer import PTuningLayer
 from .registration import register
-from .standalone import export_standalone
 from .tuner import PTuningModel
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .shared_prompt import why_not_shared
+from .forward.shared_prompt import why_not_shared
 
 
 # Backbones whose pooler is not a module that takes the last hidden state (B, S, H).

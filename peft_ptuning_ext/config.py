@@ -13,8 +13,8 @@ from typing import Optional, Union
 from peft import PeftConfig, PeftType, PromptTuningInit
 from transformers import PreTrainedTokenizerBase
 
-from .card import complete_card
-from .checkpoint import CheckpointSource, replacing
+from .files.card import complete_card
+from .files.checkpoint import CheckpointSource, replacing
 from .registration import PEFT_TYPE_NAME
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
-from .layer import PTuningLayer
+from .prompts.layer import PTuningLayer
 
 
 if TYPE_CHECKING:  # they take longer to import than all of this package

@@ -17,11 +17,11 @@ from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
 from .backbone import find_backbone
-from .checkpoint import ENCODER_KEY, check_file, check_state
 from .config import PTuningConfig
-from .encoder import build_encoder
-from .injection import attach, why_concatenated
-from .layer import PTuningLayer
+from .files.checkpoint import ENCODER_KEY, check_file, check_state
+from .forward.injection import attach, why_concatenated
+from .prompts.encoder import build_encoder
+from .prompts.layer import PTuningLayer
 from .registration import PREFIX
 
 

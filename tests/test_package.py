@@ -39,7 +39,7 @@ def _built(tmp_path_factory) -> Path:
 def test_what_is_built(built) -> None:
     names = {path.name for path in built.iterdir()}
     assert names == {f"peft_ptuning_ext-{VERSION}-py3-none-any.whl", f"peft_ptuning_ext-{VERSION}.tar.gz"}
-    modules = {f"peft_ptuning_ext/{path.name}" for path in (ROOT / "peft_ptuning_ext").glob("*.py")}
+    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "peft_ptuning_ext").rglob("*.py")}
     info = f"peft_ptuning_ext-{VERSION}.dist-info"
     with zipfile.ZipFile(next(built.glob("*.whl"))) as wheel:
         files = set(wheel.namelist())

@@ -33,7 +33,7 @@ from transformers import (
 )
 
 
-RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 WIDTH = 32
 V = 4
 LONGEST = 10

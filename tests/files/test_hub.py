@@ -189,7 +189,7 @@ result = logits(model)
 
 
 def test_the_readmes_lines_share_an_adapter(hub, folder) -> None:
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
     (code,) = (block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "push_to_hub" in block)
     check = "first = logits(model)\nbase = base()\n" + code + "result = [first, logits(model)]"
     first, loaded = run(PUSH + check, hub, folder, "author")

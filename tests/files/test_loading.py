@@ -399,7 +399,7 @@ print(saves)
 
 
 def test_a_save_that_is_killed_leaves_a_whole_adapter(tmp_path) -> None:
-    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    path = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
     program = [sys.executable, "-c", SAVE_AND_KILL, str(tmp_path / "adapter")]
     done = subprocess.run(program, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
     assert done.returncode == 0, done.stderr[-3000:]

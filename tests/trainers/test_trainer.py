@@ -22,7 +22,7 @@ from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 
-RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
 
 @pytest.mark.parametrize("family", ["BERT", "Llama"])

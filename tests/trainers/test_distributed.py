@@ -23,7 +23,7 @@ from tiny_recipes import as_words, read_rows, save_backbone, write_rows
 from train_distributed import CASES, DEADLINE, TRAINED, collate, make_adapted, make_base, make_rows
 
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parents[1]
 CONFIGS = HERE.parent / "recipes" / "accelerate"
 LAUNCHED = ["ddp.yaml", "fsdp2.yaml"]
 LAYERS = {"Llama": "LlamaDecoderLayer", "BERT": "BertLayer"}

@@ -15,8 +15,9 @@ from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from reference import V, embedding_and_backbone, make_batch
 from transformers import DynamicCache
 
-from peft_ptuning_ext import PTuningConfig, shared_prompt
-from peft_ptuning_ext.shared_prompt import KEPT_ADAPTERS
+from peft_ptuning_ext import PTuningConfig
+from peft_ptuning_ext.forward import shared_prompt
+from peft_ptuning_ext.forward.shared_prompt import KEPT_ADAPTERS
 
 
 S = 7

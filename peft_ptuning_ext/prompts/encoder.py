@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from .config import PromptEncoderType, PTuningConfig
+from ..config import PromptEncoderType, PTuningConfig
 
 
 class PromptEncoder(nn.Module):

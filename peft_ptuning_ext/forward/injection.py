@@ -15,7 +15,8 @@ import torch
 from torch import nn
 from transformers import Cache
 
-from .backbone import Backbone, pool
+from ..backbone import Backbone, pool
+from ..prompts.layer import PTuningLayer
 from .cache import (
     filled_length,
     forget_prompt,
@@ -26,7 +27,17 @@ from .cache import (
     open_view,
     remember_prompt,
 )
-from .layer import PTuningLayer
+from .layout import (
+    columns_behind_padding,
+    count_positions,
+    leading_padding,
+    take_columns,
+    trim,
+    user_columns,
+    widen_embeds,
+    widen_per_token,
+    widen_positions,
+)
 from .routing import RoutedForward, entering
 from .shared_prompt import (
     ARGUMENT,
@@ -38,17 +49,6 @@ from .shared_prompt import (
     is_sharded,
     record_prompt,
     takes_shared_prompt,
-)
-from .widening import (
-    columns_behind_padding,
-    count_positions,
-    leading_padding,
-    take_columns,
-    trim,
-    user_columns,
-    widen_embeds,
-    widen_per_token,
-    widen_positions,
 )
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from peft_ptuning_ext.merged_attention import can_merge, merged_attention
+from peft_ptuning_ext.forward.merged_attention import can_merge, merged_attention
 
 
 B, HEADS, S, V, D = 3, 4, 6, 5, 8

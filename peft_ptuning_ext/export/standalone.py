@@ -14,9 +14,9 @@ from torch import nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto import modeling_auto
 
-from .backbone import Backbone, find_backbone
-from .checkpoint import replacing
-from .export import Adapter, find_adapter
+from ..backbone import Backbone, find_backbone
+from ..files.checkpoint import replacing
+from ..prompts.adapter import Adapter, find_adapter
 from .tokenizer import save_with_prompt
 
 

@@ -1,29 +1,22 @@
 # SPDX-FileCopyrightText: 2026 The peft_ptuning_ext authors
 # SPDX-License-Identifier: Apache-2.0
-"""What a trained prompt becomes for others: a table without its network, stock PEFT's format and back, embeddings."""
+"""To the format of stock PEFT's prompt tuning, and back."""
 
 from __future__ import annotations
 
-import copy
 import os
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Optional
 
-import torch
-from huggingface_hub import ModelCard
 from peft import PeftConfig, PeftModel, PeftType, PromptTuningConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, ModulesToSaveWrapper, get_peft_model_state_dict
-from safetensors.torch import save, save_file
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, ModulesToSaveWrapper
+from safetensors.torch import save_file
 from torch import nn
 
-from .backbone import Backbone, find_backbone
-from .card import fill_card
-from .checkpoint import ENCODER_KEY, CheckpointSource, read_tensors, replacing
-from .config import PromptEncoderType, PTuningConfig
-from .encoder import PromptEncoder, build_encoder
-from .layer import PTuningLayer
+from ..backbone import Backbone, find_backbone
+from ..config import PTuningConfig
+from ..files.checkpoint import ENCODER_KEY, CheckpointSource, read_tensors, replacing
+from ..prompts.adapter import Adapter, find_adapter
 
 
 # Key of the table in a checkpoint of stock prompt learning.
@@ -38,75 +31,6 @@ STOCK_DIFFERS: dict[str, str] = {
     "QUESTION_ANS": "its start and end logits are shifted by V",
     "FEATURE_EXTRACTION": "its hidden states begin with V that belong to no token",
 }
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """One adapter of this package on a model."""
-
-    name: str
-    config: PTuningConfig
-    layer: PTuningLayer
-    base_model: nn.Module
-
-    @property
-    def base_model_name(self) -> str:
-        """Name of the model that the adapter is for; empty if it has none."""
-        return self.config.base_model_name_or_path or getattr(self.base_model, "name_or_path", None) or ""
-
-    @torch.no_grad()
-    def prompt(self) -> torch.Tensor:
-        """The prompt as it is used after training, shape (V, H), in its encoder's dtype."""
-        encoder = self.layer.ptuning_encoders[self.name]
-        was_training = encoder.training
-        try:
-            encoder.eval()
-            return self.layer.prompt(self.name).detach().clone()
-        finally:
-            encoder.train(was_training)
-
-
-def find_adapter(model: nn.Module, adapter_name: Optional[str] = None) -> Adapter:
-    """Finds an adapter of this package on a `PeftModel` or a transformers model.
-
-    Raises:
-        ValueError: There is none, none of this name, or no name was given and none is active.
-    """
-    layer = next((module for module in model.modules() if isinstance(module, PTuningLayer)), None)
-    if layer is None:
-        raise ValueError(f"This {type(model).__name__} has no P-tuning adapter of this package.")
-    adapter_name = layer.named_or_active(adapter_name)
-    base_model = model.get_base_model() if isinstance(model, PeftModel) else model
-    return Adapter(adapter_name, model.peft_config[adapter_name], layer, base_model)
-
-
-def fold_prompt(model: nn.Module, adapter_name: Optional[str] = None) -> None:
-    """Replaces the network of a prompt (`MLP`, `LSTM`, `RESIDUAL`) by the V × H numbers that come out of it, in place.
-
-    Outputs in evaluation mode stay bitwise the same, and what is saved shrinks to the table. The table is trained
-    further as plain vectors if the network was trained; an optimizer made before still holds the network.
-
-    Args:
-        model (`PeftModel` or a transformers model): The model that has the adapter.
-        adapter_name (`str`, *optional*): Which adapter; by default the active one.
-
-    Raises:
-        ValueError: There is no such adapter.
-    """
-    adapter = find_adapter(model, adapter_name)
-    layer, network = adapter.layer, adapter.layer.ptuning_encoders[adapter.name]
-    if type(network) is PromptEncoder:
-        return
-    prompt, config = adapter.prompt(), copy.copy(adapter.config)  # other adapters may have the same config
-    config.encoder_reparameterization_type = PromptEncoderType.NONE
-    config.encoder_hidden_size = config.encoder_num_layers = None
-    config.encoder_dropout = 0.0
-    table = build_encoder(config, prompt.shape[1]).to(prompt)
-    table.start_at(prompt)
-    table.requires_grad_(network.embedding.requires_grad).train(network.training)
-    layer.ptuning_encoders[adapter.name] = table
-    model.peft_config[adapter.name] = config
-    layer.kept_prompts.forget(adapter.name)
 
 
 def export_to_peft(
@@ -234,66 +158,6 @@ def import_from_peft(
             return PeftModel.from_pretrained(base_model, folder, adapter_name, is_trainable=is_trainable)
         base_model.load_adapter(folder, adapter_name, is_trainable=is_trainable)
         return base_model
-
-
-@torch.no_grad()
-def to_prompt_embeds(model: nn.Module, input_ids: torch.Tensor, adapter_name: Optional[str] = None) -> torch.Tensor:
-    """Returns what enters the model for one text: the prompt and the embeddings of the tokens.
-
-    This is what engines take in the place of token ids, such as `prompt_embeds` of vLLM.
-
-    Args:
-        model (`PeftModel` or a transformers model): The model that has the adapter.
-        input_ids (`torch.Tensor`): Token ids of one text without padding, shape (S,) or (1, S).
-        adapter_name (`str`, *optional*): Which adapter; by default the active one.
-
-    Returns:
-        `torch.Tensor`: shape (V + S, H), in the dtype and on the device of the model's embeddings.
-
-    Raises:
-        ValueError: There is no such adapter, or `input_ids` is not one text.
-    """
-    adapter = find_adapter(model, adapter_name)
-    if input_ids.dim() == 2 and len(input_ids) == 1:
-        input_ids = input_ids[0]
-    if input_ids.dim() != 1:
-        raise ValueError(f"`input_ids` must be one text, shape (S,) or (1, S), got {tuple(input_ids.shape)}.")
-    embeds = adapter.layer.embed(input_ids.to(adapter.layer.weight.device))
-    return torch.cat([adapter.prompt().to(embeds), embeds])
-
-
-def make_model_card(
-    model: PeftModel,
-    name: str,
-    adapter_name: Optional[str] = None,
-    license: str = "unknown",
-    metrics: Optional[Mapping[str, float]] = None,
-) -> ModelCard:
-    """Makes the card of an adapter: base model, task, prompt and sizes, metrics, and the lines that load it.
-
-    `card.save(path)` writes it, `card.push_to_hub(name)` puts it on the Hub, where later pushes of the model leave it.
-
-    Args:
-        model (`PeftModel`): The model that has the adapter.
-        name (`str`): Name under which the adapter is loaded: a repository on the Hub or a folder.
-        adapter_name (`str`, *optional*): Which adapter; by default the active one.
-        license (`str`, defaults to `"unknown"`): The Hub's identifier of the licence that you give it.
-        metrics (`Mapping[str, float]`, *optional*): What was measured, by name.
-
-    Returns:
-        [`~huggingface_hub.ModelCard`]
-
-    Raises:
-        ValueError: The model has no such adapter.
-    """
-    adapter = find_adapter(model, adapter_name)
-    state = get_peft_model_state_dict(model, adapter_name=adapter.name, save_embedding_layers=False)
-    shapes = {key: tuple(value.shape) for key, value in state.items()}
-    size = len(save({key: value.contiguous() for key, value in state.items()}, metadata={"format": "pt"}))
-    card = ModelCard("---\n{}\n---\n")
-    card.data.license = license
-    fill_card(card, name, adapter.config, adapter.base_model_name, shapes, size, metrics)
-    return card
 
 
 def _check_stock(task_type: Optional[str], backbone: Backbone, base_model: nn.Module, force: Optional[str]) -> None:

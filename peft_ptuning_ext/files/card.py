@@ -7,17 +7,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Optional
+from typing import Optional
 
 from huggingface_hub import ModelCard, ModelCardData
+from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 
 from .checkpoint import ENCODER_KEY
 
-
-if TYPE_CHECKING:
-    from .config import PTuningConfig
 
 # Below this line PEFT lists versions.
 VERSIONS = "### Framework versions"
@@ -36,7 +34,7 @@ TASKS: dict[str, tuple[Optional[str], str]] = {
 def fill_card(
     card: ModelCard,
     name: str,
-    config: PTuningConfig,
+    config: PeftConfig,
     base_model: str,
     shapes: Mapping[str, tuple[int, ...]],
     size: int,
@@ -102,7 +100,7 @@ def _count(shapes: Mapping[str, tuple[int, ...]]) -> int:
     return sum(math.prod(shape) for shape in shapes.values())
 
 
-def complete_card(folder: Path, config: PTuningConfig) -> None:
+def complete_card(folder: Path, config: PeftConfig) -> None:
     """Fills the card of a saved adapter if it is the template as PEFT leaves it, with placeholders only."""
     path, weights = folder / "README.md", folder / SAFETENSORS_WEIGHTS_NAME
     if not path.is_file() or not weights.is_file():

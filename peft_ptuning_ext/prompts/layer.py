@@ -18,9 +18,9 @@ from torch.distributed.tensor import DTensor, Partial
 from torch.func import functional_call
 from transformers import AutoTokenizer
 
-from .config import PTuningConfig
+from ..config import PTuningConfig
+from ..forward.shared_prompt import KeptPrompts
 from .encoder import build_encoder
-from .shared_prompt import KeptPrompts
 
 
 # How many of the model's embeddings are looked at for their mean and standard deviation.

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_ptuning_ext.widening import (
+from peft_ptuning_ext.forward.layout import (
     columns_behind_padding,
     count_positions,
     leading_padding,

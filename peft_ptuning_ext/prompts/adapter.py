@@ -1,0 +1,55 @@
+# SPDX-FileCopyrightText: 2026 The peft_ptuning_ext authors
+# SPDX-License-Identifier: Apache-2.0
+"""Finds an adapter of this package on a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from ..config import PTuningConfig
+from .layer import PTuningLayer
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One adapter of this package on a model."""
+
+    name: str
+    config: PTuningConfig
+    layer: PTuningLayer
+    base_model: nn.Module
+
+    @property
+    def base_model_name(self) -> str:
+        """Name of the model that the adapter is for; empty if it has none."""
+        return self.config.base_model_name_or_path or getattr(self.base_model, "name_or_path", None) or ""
+
+    @torch.no_grad()
+    def prompt(self) -> torch.Tensor:
+        """The prompt as it is used after training, shape (V, H), in its encoder's dtype."""
+        encoder = self.layer.ptuning_encoders[self.name]
+        was_training = encoder.training
+        try:
+            encoder.eval()
+            return self.layer.prompt(self.name).detach().clone()
+        finally:
+            encoder.train(was_training)
+
+
+def find_adapter(model: nn.Module, adapter_name: Optional[str] = None) -> Adapter:
+    """Finds an adapter of this package on a `PeftModel` or a transformers model.
+
+    Raises:
+        ValueError: There is none, none of this name, or no name was given and none is active.
+    """
+    layer = next((module for module in model.modules() if isinstance(module, PTuningLayer)), None)
+    if layer is None:
+        raise ValueError(f"This {type(model).__name__} has no P-tuning adapter of this package.")
+    adapter_name = layer.named_or_active(adapter_name)
+    base_model = model.get_base_model() if isinstance(model, PeftModel) else model
+    return Adapter(adapter_name, model.peft_config[adapter_name], layer, base_model)
