@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The peft_ptuning_ext authors
 # SPDX-License-Identifier: Apache-2.0
-"""Finds where the prompt enters a model, and holds the only table of architecture exceptions."""
+"""Where a prompt enters a model: facts about its architecture, and every table of exceptions."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from typing import Optional
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
-
-from .forward.shared_prompt import why_not_shared
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
 
 
 # Backbones whose pooler is not a module that takes the last hidden state (B, S, H).
@@ -34,6 +33,8 @@ REFUSED_MODEL_TYPES: dict[str, str] = {
 # Parameters of a backbone's `forward` with which a prompt in front can't be right, and why.
 REFUSED_PARAMETERS: dict[str, str] = {
     "per_layer_inputs": "its layers read more embeddings of the token ids, and a prompt has no ids",
+    "cross_attention_states": "its layers attend to images, and a prompt has no rule for what it sees of them",
+    "image_encoder_embeddings": "its layers attend to images, and a prompt has no rule for what it sees of them",
     "cache_params": "it keeps a recurrent state instead of a key-value cache, from which the prompt can't be told",
     "state": "it keeps a recurrent state instead of a key-value cache, from which the prompt can't be told",
     "mems": "it keeps memories instead of a key-value cache, from which the prompt can't be told",
@@ -50,13 +51,34 @@ EMBED_SCALES: dict[str, str] = {
     "PegasusEncoder": "embed_scale",
 }
 
+# What a virtual token has in the inputs that have one value for each token.
+PER_TOKEN_FILLS: dict[str, int] = {"attention_mask": 1, "token_type_ids": 0, "visual_pos_masks": 0}
+
+# Inputs whose second dimension may be S by chance, or that are not read at the backbone's positions.
+UNTOUCHED_INPUTS = frozenset({"encoder_hidden_states", "encoder_attention_mask", "labels", "shift_labels"})
+
+# Arguments that describe several texts packed in one row. Attention that takes a prompt reads positions instead.
+PACKING_INPUTS = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
+
+# Arguments that speak of positions or lengths in ways that have no rule for a prompt.
+REFUSED_INPUTS = ("lengths", "entity_position_ids", "global_attention_mask", "cross_attention_mask")
+
 # Names under which backbones keep a table of absolute positions (learned or sinusoidal).
 POSITION_TABLES = ("position_embeddings", "wpe", "embed_positions")
+
+# Attention implementations that take a prompt, and the names that they have on an adapted model.
+ATTENTION_NAMES = {"sdpa": "ptuning_sdpa", "eager": "ptuning_eager"}
+
+# Kinds of layers whose memory of earlier tokens is their keys and values, all of them or those within a window.
+ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention"})
+
+# Rotary embeddings whose frequencies depend on how long the whole text is, prompt and all.
+LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """Where the prompt enters, in names relative to the model, so that it survives copying and pickling.
+    """The transformer stack that a prompt enters, as facts and names, so that it survives copying and pickling.
 
     Args:
         name (`str`): Path of the backbone in the model, empty if the model is the backbone.
@@ -64,16 +86,21 @@ class Backbone:
         width (`int`): Width H of the input embedding.
         parameters (`tuple[str, ...]`): Names of the positional parameters of the backbone's `forward`.
         is_causal (`bool`): Whether its attention looks back only.
+        counts_tokens (`bool`):
+            Whether positions that the caller leaves out are the numbers of the unmasked tokens. This holds for
+            decoders, as `generate` does it, and for models that count from behind a padding index by themselves.
         beside_text (`bool`):
-            Whether padding on the left has to stand before the prompt rather than between prompt and text: where
-            distance is counted in columns. It makes no difference where each token is told its position and attention
-            is unlimited, and could not help where a table counts the padding too.
+            If True, a left-padded row becomes [padding, prompt, text]; if False, [prompt, padding, text]. True for
+            models that measure distance in columns: padding between prompt and text would change the distance there.
         embed_scale (`float`): What the backbone multiplies the embeddings of token ids by, before it goes on.
         first_position (`int`): The position that the backbone gives to its first token.
         max_positions (`int`, *optional*): How many tokens its table of positions holds; `None` if it has no table.
         decoder (`str`, *optional*):
             Path in the model of the decoder that attends to this backbone, if it is an encoder-decoder's encoder.
-        not_shared (`str`, *optional*): Why the prompt can't be shared by the rows of a batch; `None` if it can.
+        not_in_attention (`str`, *optional*):
+            Why its attention can't be given keys and values in front of the text's; `None` if it can.
+        not_recorded (`str`, *optional*):
+            Why the prompt's keys and values can't be computed apart from the text; `None` if they can.
     """
 
     name: str
@@ -81,12 +108,14 @@ class Backbone:
     width: int
     parameters: tuple[str, ...]
     is_causal: bool
+    counts_tokens: bool
     beside_text: bool
     embed_scale: float
     first_position: int
     max_positions: Optional[int]
     decoder: Optional[str]
-    not_shared: Optional[str]
+    not_in_attention: Optional[str]
+    not_recorded: Optional[str]
 
     @property
     def embedding_path(self) -> str:
@@ -160,13 +189,14 @@ def find_backbone(model: nn.Module) -> Backbone:
         width=_table(embedding).embedding_dim,
         parameters=tuple(p for p in parameters if p != "kwargs"),
         is_causal=is_causal,
+        counts_tokens=has_positions and (is_causal or first_position > 0),
         beside_text=is_local or (not has_positions if is_causal else max_positions is None or first_position > 0),
         embed_scale=float(getattr(backbone, EMBED_SCALES.get(type(backbone).__name__, ""), 1.0)),
         first_position=first_position,
         max_positions=max_positions,
         decoder=decoder,
-        not_shared=why_not_shared(backbone)
-        or ("it counts positions from another than 0" if first_position > 0 else None),
+        not_in_attention=_why_not_in_attention(backbone),
+        not_recorded=_why_not_recorded(backbone, first_position),
     )
 
 
@@ -232,10 +262,23 @@ def _table(embedding: nn.Module) -> nn.Module:
 
 
 def _is_causal(backbone: PreTrainedModel) -> bool:
-    """The config's word where it has one, else that of the attention layers (cross-attention is never causal)."""
-    if (from_config := getattr(backbone.config, "is_causal", None)) is not None:
+    """Whether attention looks back only: by the config, else by the layers, else by what the model is made for."""
+    config = backbone.config
+    if (from_config := getattr(config, "is_causal", None)) is not None:
         return bool(from_config)
-    return any(getattr(module, "is_causal", None) is True for module in backbone.modules())
+    if any(getattr(module, "is_causal", None) is True for module in backbone.modules()):
+        return True  # cross-attention never says so
+    # XGLM and MPT say it nowhere. A model for the next token that is not also one for masked tokens is a decoder.
+    return not getattr(config, "is_encoder_decoder", False) and is_decoder_only(config)
+
+
+def is_decoder_only(config: PreTrainedConfig) -> bool:
+    """Whether transformers has this kind of model for the next token, and not for masked tokens."""
+    kind = config.model_type
+    return (
+        kind in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        and kind not in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    )
 
 
 def _is_local(backbone: PreTrainedModel) -> bool:
@@ -263,3 +306,49 @@ def _positions(backbone: PreTrainedModel) -> tuple[int, Optional[int]]:
                 return first, module.num_embeddings - first
             return 0, module.num_embeddings - getattr(module, "offset", 0)  # OPT's and BART's tables are 2 longer
     return 0, None
+
+
+def _why_not_in_attention(backbone: PreTrainedModel) -> Optional[str]:
+    """Why attention can't be given keys and values in front of the text's; `None` if it can."""
+    config = backbone.config
+    parameters = inspect.signature(type(backbone).forward).parameters.values()
+    if not type(backbone)._supports_attention_backend or not any(
+        parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters
+    ):
+        return "its attention does not go through transformers' attention interface"
+    kinds = set(getattr(config, "layer_types", None) or ()) - ATTENTION_LAYERS
+    if kinds or getattr(config, "attention_chunk_size", None):
+        return f"it has layers of another kind than attention ({', '.join(sorted(kinds)) or 'chunked_attention'})"
+    implementation = config._attn_implementation
+    if implementation not in {*ATTENTION_NAMES, *ATTENTION_NAMES.values()}:
+        return f"its attention implementation is {implementation!r}, not one of {[*ATTENTION_NAMES]}"
+    if config.output_attentions:
+        return "its config asks for `output_attentions`"
+    return None
+
+
+def _why_not_recorded(backbone: PreTrainedModel, first_position: int) -> Optional[str]:
+    """Why the prompt's keys and values can't be computed apart from the text; `None` if they can.
+
+    What comes first must not depend on what follows, and the text must be told that it begins at position V.
+    """
+    config, parameters = backbone.config, inspect.signature(type(backbone).forward).parameters
+    if not getattr(config, "is_causal", True) or not any(
+        getattr(module, "is_causal", None) is True for module in backbone.modules()
+    ):
+        return "its attention is not causal"
+    if "position_ids" not in parameters:
+        return "it can't be told positions"
+    if getattr(config, "add_cross_attention", False):
+        return "it has cross-attention"
+    if _rope_types(config) & LENGTH_DEPENDENT_ROPE:
+        return "its rotary embedding depends on the length of the whole text"
+    if first_position > 0:
+        return "it counts positions from another than 0"
+    return None
+
+
+def _rope_types(config: PreTrainedConfig) -> set[str]:
+    """The kinds of rotary embedding in a config, one for all layers or one by kind of layer."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return {entry.get("rope_type", "default") for entry in (rope, *rope.values()) if isinstance(entry, dict)}

@@ -19,7 +19,8 @@ from transformers import PreTrainedTokenizerBase
 from .backbone import find_backbone
 from .config import PTuningConfig
 from .files.checkpoint import ENCODER_KEY, check_file, check_state
-from .forward.injection import attach, why_concatenated
+from .forward.wrap import attach, detach, why_in_row
+from .prompts.adapter import find_layer, find_stack
 from .prompts.encoder import build_encoder
 from .prompts.layer import PTuningLayer
 from .registration import PREFIX
@@ -28,10 +29,10 @@ from .registration import PREFIX
 class PTuningModel(BaseTuner):
     """P-tuning with the prompt hidden inside the backbone: everything outside sees the user's tokens only.
 
-    The input embedding is wrapped by a [`PTuningLayer`], and hooks on the transformer stack above it put the prompt in
-    front of its inputs and take its positions off its outputs. Of the outputs, `attentions` keep the prompt's columns,
-    and so does what an encoder hands to its decoder (`encoder_last_hidden_state`, `encoder_hidden_states`,
-    `cross_attentions`).
+    The input embedding is wrapped by a [`PTuningLayer`], and the `forward` of the transformer stack above it by
+    [`~peft_ptuning_ext.forward.wrap.run`]. It puts the prompt in front of the inputs and takes its positions off the
+    outputs. Of the outputs, `attentions` keep the prompt's columns, and so does what an encoder hands to its decoder
+    (`encoder_last_hidden_state`, `encoder_hidden_states`, `cross_attentions`).
 
     Args:
         model (`nn.Module`): The model to adapt, in place: a transformers model or a module that holds one.
@@ -109,8 +110,7 @@ class PTuningModel(BaseTuner):
         A shared prompt is computed once for all rows of a batch. A single row that needs gradients is concatenated all
         the same, which is faster. Of some models, only the first call finds out that theirs can't be shared.
         """
-        backbone = find_backbone(self.model)
-        reason = why_concatenated(self.model.get_submodule(backbone.name), backbone)
+        reason = why_in_row(find_stack(self.model))
         return "shared" if reason is None else f"concatenated: {reason}"
 
     def forget_kept_prompts(self) -> None:
@@ -119,7 +119,7 @@ class PTuningModel(BaseTuner):
         They are dropped by themselves whenever the prompt, a weight, dtype or device changes; call this after writing
         to weights through `parameter.data`, which leaves no trace.
         """
-        self._layer().kept_prompts.forget()
+        find_stack(self.model).ptuning.kept.forget()
 
     def generate_batch(self, *args, **kwargs) -> NoReturn:
         """Refused: continuous batching puts texts that go on at different steps into one row of paged attention."""
@@ -128,6 +128,10 @@ class PTuningModel(BaseTuner):
         )
 
     init_continuous_batching = continuous_batching_context_manager = generate_batch
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        find_stack(self.model).ptuning.kept.forget(adapter_name)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
@@ -145,7 +149,7 @@ class PTuningModel(BaseTuner):
     def inject_adapter(self, model, adapter_name, *args, **kwargs) -> None:
         requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         vars(self).setdefault("_requires_grad_before", requires_grad)
-        is_first = not any(isinstance(module, PTuningLayer) for module in model.modules())
+        is_first = find_layer(model) is None
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
@@ -213,7 +217,7 @@ class PTuningModel(BaseTuner):
         if not isinstance(target, PTuningLayer):
             target = PTuningLayer(target, self._backbone.embed_scale)
             setattr(parent, target_name, target)
-            target.hook_handles = attach(self.model, self._backbone)
+            attach(self.model, self._backbone)
         target.update_layer(adapter_name, peft_config)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -248,20 +252,20 @@ class PTuningModel(BaseTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
-        encoder = next(m for m in model.modules() if isinstance(m, PTuningLayer)).ptuning_encoders[adapter_name]
+        encoder = find_layer(model).ptuning_encoders[adapter_name]
         check_state(state_dict, encoder.state_dict())
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
     def _layer(self) -> PTuningLayer:
-        return next(module for module in self.model.modules() if isinstance(module, PTuningLayer))
+        return find_layer(self.model)
 
 
 def _take_out(model: nn.Module) -> None:
-    """Removes the hooks, the tuner layer and the copies of trained modules: the base model as it came."""
+    """Unwraps the backbone, removes the tuner layer and the copies of trained modules: the base model as it came."""
+    if find_stack(model) is not None:
+        detach(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, PTuningLayer):
-            for handle in module.hook_handles:
-                handle.remove()
             _replace(model, name, module.base_layer)
         elif isinstance(module, AuxiliaryTrainingWrapper):
             _replace(model, name, module.original_module)

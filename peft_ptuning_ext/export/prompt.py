@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..config import PromptEncoderType
-from ..prompts.adapter import find_adapter
+from ..prompts.adapter import find_adapter, find_stack
 from ..prompts.encoder import PromptEncoder, build_encoder
 
 
@@ -41,7 +41,7 @@ def fold_prompt(model: nn.Module, adapter_name: Optional[str] = None) -> None:
     table.requires_grad_(network.embedding.requires_grad).train(network.training)
     layer.ptuning_encoders[adapter.name] = table
     model.peft_config[adapter.name] = config
-    layer.kept_prompts.forget(adapter.name)
+    find_stack(model).ptuning.kept.forget(adapter.name)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto import modeling_auto
 
-from ..backbone import Backbone, find_backbone
+from ..backbone import Backbone, find_backbone, is_decoder_only
 from ..files.checkpoint import replacing
 from ..prompts.adapter import Adapter, find_adapter
 from .tokenizer import save_with_prompt
@@ -111,12 +111,7 @@ def _check_model(base_model: nn.Module, backbone: Backbone) -> None:
         raise ValueError(f"Weights of this {name} are offloaded. Load the model without a `device_map` to export it.")
     is_encoder_decoder = backbone.decoder is not None
     allowed = GENERATES_FROM_ENCODER if is_encoder_decoder else READS_EACH_TOKEN
-    kind = base_model.config.model_type
-    is_decoder = (
-        kind in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-        and kind not in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    )
-    if not is_encoder_decoder and (backbone.is_causal or is_decoder):
+    if not is_encoder_decoder and (backbone.is_causal or is_decoder_only(base_model.config)):
         allowed += READS_LAST_TOKEN
     if not any(name in names for mapping in allowed for names in mapping.values()):
         raise ValueError(

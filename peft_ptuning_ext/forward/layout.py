@@ -1,86 +1,104 @@
 # SPDX-FileCopyrightText: 2026 The peft_ptuning_ext authors
 # SPDX-License-Identifier: Apache-2.0
-"""Pure tensor functions: the prompt's columns put into a backbone's inputs and taken off its outputs."""
+"""Where the prompt stands in a row: pure tensor functions, without a model."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Optional
 
 import torch
 
 
-def widen_embeds(prompt: torch.Tensor, inputs_embeds: torch.Tensor) -> torch.Tensor:
-    """[P; E(x)]: prompt (V, H) in front of inputs_embeds (B, S, H), in the latter's dtype → (B, V+S, H)."""
-    prompt = prompt.to(device=inputs_embeds.device, dtype=inputs_embeds.dtype)
-    return torch.cat([prompt.expand(inputs_embeds.shape[0], -1, -1), inputs_embeds], dim=1)
-
-
-def widen_per_token(values: torch.Tensor, length: int, fill: int) -> torch.Tensor:
-    """`length` columns of `fill` in front of a per-token input such as a mask: (B, S) → (B, V+S)."""
-    return torch.cat([values.new_full((values.shape[0], length), fill), values], dim=1)
-
-
-def widen_positions(positions: torch.Tensor, length: int, first: int = 0) -> torch.Tensor:
-    """first … first+V-1 for the prompt, V + `positions` for the user: (…, B, S) → (…, B, V+S).
-
-    Leading dimensions, as of multimodal rotary positions (3, B, S), all get the prompt's positions.
-    """
-    prompt = torch.arange(first, first + length, device=positions.device, dtype=positions.dtype)
-    return torch.cat([prompt.expand(*positions.shape[:-1], length), positions + length], dim=-1)
-
-
-def count_positions(attention_mask: torch.Tensor) -> torch.Tensor:
-    """Positions that count the unmasked tokens only, as `generate` makes them: (B, S) → (B, S); masked ones get 0."""
-    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-
-
-def leading_padding(attention_mask: torch.Tensor) -> torch.Tensor:
-    """How many zeros each row of a mask (B, S) begins with: (B, 1)."""
-    return (attention_mask.long().cumsum(-1) == 0).sum(-1, keepdim=True)
-
-
-def columns_behind_padding(padding: torch.Tensor, total: int, length: int) -> torch.Tensor:
-    """Reorders [P; pads; text] to [pads; P; text]: column indices (B, V+S) into the former, given padding (B, 1)."""
-    column = torch.arange(total, device=padding.device)
-    in_padding, in_prompt = column < padding, column < padding + length
-    return torch.where(in_padding, column + length, torch.where(in_prompt, column - padding, column))
-
-
-def user_columns(padding: torch.Tensor, total: int, length: int) -> torch.Tensor:
-    """Where the user's columns are in [pads; P; text]: column indices (B, S), given padding (B, 1)."""
-    column = torch.arange(total - length, device=padding.device)
-    return torch.where(column < padding, column, column + length)
-
-
-def take_columns(values: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """Picks columns (B, N) of values (…, B, V+S), or (…, 1, V+S) for all rows alike → (…, B, N)."""
-    return values.take_along_dim(columns.view((1,) * (values.dim() - 2) + columns.shape), dim=-1)
-
-
-def trim(value: Any, batch_size: int, total: int, length: int, columns: Optional[torch.Tensor] = None) -> Any:
-    """Takes the prompt's positions off an output of a backbone, whatever its nesting.
+@dataclass(frozen=True)
+class Layout:
+    """The places of V virtual tokens among S tokens of a text.
 
     Args:
-        value (`Any`):
-            (B, V+S, …) tensors lose their V positions, (B·(V+S), E) router logits their V rows of each sequence and
-            attention maps (B, heads, V+S, V+S) their V rows, not the columns; tuples and lists are walked; all else
-            is left alone.
-        batch_size (`int`): B.
-        total (`int`): V + S.
         length (`int`): V.
-        columns (`torch.Tensor`, *optional*): Where the user's columns are, (B, S); by default behind the first V.
+        text (`int`): S.
+        order (`torch.Tensor`, *optional*):
+            For each column of the row, the column of [prompt; text] that stands there, (B or 1, V+S). `None`: the
+            prompt is in front of the whole text.
+        columns (`torch.Tensor`, *optional*): Where the text's columns are in the row, (B or 1, S); `None`: behind V.
     """
-    if isinstance(value, torch.Tensor):
+
+    length: int
+    text: int
+    order: Optional[torch.Tensor] = None
+    columns: Optional[torch.Tensor] = None
+
+    @classmethod
+    def at(cls, places: Optional[torch.Tensor], length: int, text: int) -> Layout:
+        """Lays out a row.
+
+        Args:
+            places (`torch.Tensor`, *optional*):
+                For each virtual token, the column of the text that it stands before, (B or 1, V); `None`: in front.
+            length (`int`): V.
+            text (`int`): S.
+        """
+        if places is None:
+            return cls(length, text)
+        columns = torch.arange(text, device=places.device).expand(len(places), -1)
+        # Virtual tokens get even numbers, so that each stands before the token of its place.
+        order = torch.cat([2 * places, 2 * columns + 1], dim=1).argsort(dim=1, stable=True)
+        return cls(length, text, order, order.argsort(dim=1)[:, length:])
+
+    def spread(self, prompt: torch.Tensor, values: torch.Tensor, dim: int = 1) -> torch.Tensor:
+        """Puts the prompt's values among the text's.
+
+        Args:
+            prompt (`torch.Tensor`): V values along `dim`, for each row or one row for all.
+            values (`torch.Tensor`): The text's, S along `dim`: (B, S, …) for `dim=1`, (…, B, S) for `dim=-1`.
+            dim (`int`, defaults to 1): The dimension of the tokens.
+        """
+        shape = list(values.shape)
+        shape[dim] = self.length
+        row = torch.cat([prompt.to(values).expand(shape), values], dim=dim)
+        return row if self.order is None else row.take_along_dim(_beside(self.order, row, dim), dim=dim)
+
+    def fill(self, value: int, values: torch.Tensor) -> torch.Tensor:
+        """Puts `value` at the prompt's places among (B, S) values → (B, V+S)."""
+        return self.spread(values.new_full((1, 1), value), values)
+
+    def positions(self, positions: torch.Tensor, first: int) -> torch.Tensor:
+        """first … first+V-1 for the prompt, V + `positions` for the text: (…, B, S) → (…, B, V+S).
+
+        Leading dimensions, as of multimodal rotary positions (3, B, S), all get the prompt's positions.
+        """
+        prompt = torch.arange(first, first + self.length, device=positions.device)
+        return self.spread(prompt, positions + self.length, dim=-1)
+
+    def trim(self, value: Any, batch_size: int) -> Any:
+        """Takes the prompt's positions off an output of a backbone for B = `batch_size` rows, whatever its nesting.
+
+        (B, V+S, …) tensors lose their V positions. Router logits (B·(V+S), E) lose the V rows of each sequence.
+        Attention maps (B, heads, V+S, V+S) lose the prompt's rows, not its columns. Tuples and lists are walked, and
+        all else is left alone.
+        """
+        if type(value) in (tuple, list):
+            return type(value)(self.trim(item, batch_size) for item in value)
+        if not isinstance(value, torch.Tensor):
+            return value
+        total = self.length + self.text
         if value.dim() == 4 and value.shape[2:] == (total, total):
-            return value[:, :, length:] if columns is None else value.take_along_dim(columns[:, None, :, None], dim=2)
+            return self._text(value, dim=2)
         if value.dim() >= 3 and value.shape[1] == total:
-            if columns is None:
-                return value[:, length:]
-            return value.take_along_dim(columns.view(*columns.shape, *(1,) * (value.dim() - 2)), dim=1)
+            return self._text(value, dim=1)
         if value.dim() == 2 and value.shape[0] == batch_size * total:
-            rows = value.unflatten(0, (batch_size, total))
-            return trim(rows, batch_size, total, length, columns).flatten(0, 1)
+            return self._text(value.unflatten(0, (batch_size, total)), dim=1).flatten(0, 1)
         return value
-    if type(value) in (tuple, list):
-        return type(value)(trim(item, batch_size, total, length, columns) for item in value)
-    return value
+
+    def _text(self, value: torch.Tensor, dim: int) -> torch.Tensor:
+        """The text's part of a value with V+S along `dim`, whose rows are its first dimension."""
+        if self.columns is None:
+            return value.narrow(dim, self.length, self.text)
+        columns = self.columns.view(len(self.columns), *(1,) * (dim - 1), self.text, *(1,) * (value.dim() - dim - 1))
+        return value.take_along_dim(columns, dim=dim)
+
+
+def _beside(indices: torch.Tensor, values: torch.Tensor, dim: int) -> torch.Tensor:
+    """`indices` (B or 1, N) with the dimensions of `values`, whose tokens are along `dim`, 1 or -1."""
+    extra = (1,) * (values.dim() - 2)
+    return indices.view(*indices.shape, *extra) if dim == 1 else indices.view(*extra, *indices.shape)

@@ -15,6 +15,10 @@ from ..config import PTuningConfig
 from .layer import PTuningLayer
 
 
+# The attribute of a backbone at which it carries what it is attached to.
+ATTACHMENT = "ptuning"
+
+
 @dataclass(frozen=True)
 class Adapter:
     """One adapter of this package on a model."""
@@ -41,13 +45,23 @@ class Adapter:
             encoder.train(was_training)
 
 
+def find_stack(model: nn.Module) -> Optional[nn.Module]:
+    """Finds the backbone in a model that prompts are attached to; `None` if there is none."""
+    return next((module for module in model.modules() if ATTACHMENT in vars(module)), None)
+
+
+def find_layer(model: nn.Module) -> Optional[PTuningLayer]:
+    """Finds the tuner layer of a model; `None` if there is none."""
+    return next((module for module in model.modules() if isinstance(module, PTuningLayer)), None)
+
+
 def find_adapter(model: nn.Module, adapter_name: Optional[str] = None) -> Adapter:
     """Finds an adapter of this package on a `PeftModel` or a transformers model.
 
     Raises:
         ValueError: There is none, none of this name, or no name was given and none is active.
     """
-    layer = next((module for module in model.modules() if isinstance(module, PTuningLayer)), None)
+    layer = find_layer(model)
     if layer is None:
         raise ValueError(f"This {type(model).__name__} has no P-tuning adapter of this package.")
     adapter_name = layer.named_or_active(adapter_name)

@@ -19,8 +19,8 @@ from torch.func import functional_call
 from transformers import AutoTokenizer
 
 from ..config import PTuningConfig
-from ..forward.shared_prompt import KeptPrompts
 from .encoder import build_encoder
+from .prompt import Prompt
 
 
 # How many of the model's embeddings are looked at for their mean and standard deviation.
@@ -28,7 +28,7 @@ SCALE_SAMPLE = 4096
 
 
 class PTuningLayer(nn.Module, BaseTunerLayer):
-    """Passes token ids through to the wrapped embedding and holds the prompts that the backbone's hooks put in front.
+    """Passes token ids through to the wrapped embedding, and holds one prompt encoder for each adapter.
 
     Args:
         base_layer (`nn.Module`): The model's input embedding, ids (B, S) → (B, S, H).
@@ -42,8 +42,6 @@ class PTuningLayer(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.embed_scale = embed_scale
         self.ptuning_encoders = nn.ModuleDict()
-        self.kept_prompts = KeptPrompts()
-        self.not_shared: Optional[str] = None  # what the first pass of a prompt found out against sharing it
         self._active_adapter = []
         self.merged_adapters = []
 
@@ -56,11 +54,19 @@ class PTuningLayer(nn.Module, BaseTunerLayer):
         return embeds if self.embed_scale == 1 else embeds * self.embed_scale
 
     @property
-    def prompted_adapter(self) -> Optional[str]:
-        """Name of the adapter whose prompt is in front now; `None` if there is none or adapters are disabled."""
-        if self.disable_adapters or not self.active_adapters:
-            return None
-        return self.active_adapters[0]
+    def prompt_names(self) -> tuple[str, ...]:
+        """Names of the adapters whose prompt is in front now; empty if there is none or adapters are disabled."""
+        return () if self._disable_adapters else tuple(self._active_adapter)
+
+    def choose(self, names: tuple[str, ...], dtype: torch.dtype) -> Prompt:
+        """Returns the prompt of adapters by name, with its vectors, (1, V, H), in `dtype`."""
+        vectors = self.prompt(*names)[None].to(dtype)
+        return Prompt(names, vectors.shape[1], vectors)
+
+    @property
+    def dtype(self) -> Optional[torch.dtype]:
+        """The dtype of the embeddings; `None` if their table is quantized."""
+        return self.weight.dtype if self.weight.is_floating_point() else None
 
     def named_or_active(self, adapter_name: Optional[str] = None) -> str:
         """Returns the name of an adapter that is there: the given one, or the active one.
@@ -93,10 +99,6 @@ class PTuningLayer(nn.Module, BaseTunerLayer):
             raise ValueError(f"Only one P-tuning adapter can be active at a time, got {names}.")
         super().set_adapter(names, inference_mode=inference_mode)
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        super().delete_adapter(adapter_name)
-        self.kept_prompts.forget(adapter_name)
-
     def update_layer(self, adapter_name: str, config: PTuningConfig) -> None:
         """Adds the encoder of a new adapter. Its prompt starts where `config` says, unless it is made on meta."""
         encoder = build_encoder(config, self.get_base_layer().embedding_dim)
@@ -112,10 +114,6 @@ class PTuningLayer(nn.Module, BaseTunerLayer):
         device = device or self._device
         if device.type != "meta" and not any(p.is_meta for p in self.ptuning_encoders[adapter_name].parameters()):
             self.ptuning_encoders[adapter_name].to(device)
-
-    def prompt_length(self, adapter_name: str) -> int:
-        """Returns V of the adapter."""
-        return self.ptuning_encoders[adapter_name].num_virtual_tokens
 
     def prompt(self, adapter_name: str) -> torch.Tensor:
         """Returns the adapter's prompt, shape (V, H), in its encoder's dtype."""

@@ -57,7 +57,7 @@ def test_the_lines_of_a_card_load_the_adapter(family, task, options, tmp_path, m
     with torch.no_grad():
         expected = main_output(model(**batch))
         for card in (ModelCard.load("my-prompt/README.md"), make_model_card(model, "my-prompt")):
-            assert torch.equal(main_output(paste(card).eval()(**batch)), expected)
+            torch.testing.assert_close(main_output(paste(card).eval()(**batch)), expected, rtol=0, atol=1e-6)
             assert card.data.library_name == "peft"
             assert {"p-tuning", "peft_ptuning_ext"} <= set(card.data.tags)
             assert card.data.license == "unknown"

@@ -16,8 +16,9 @@ from reference import V, embedding_and_backbone, make_batch
 from transformers import DynamicCache
 
 from peft_ptuning_ext import PTuningConfig
-from peft_ptuning_ext.forward import shared_prompt
-from peft_ptuning_ext.forward.shared_prompt import KEPT_ADAPTERS
+from peft_ptuning_ext.forward import attention
+from peft_ptuning_ext.forward.in_attention import KEPT_ADAPTERS
+from peft_ptuning_ext.prompts.prompt import Prompt
 
 
 S = 7
@@ -45,7 +46,7 @@ def concatenating(model: PeftModel) -> PeftModel:
 
 
 def kept(model: PeftModel) -> int:
-    return len(model.base_model._layer().kept_prompts)
+    return len(stack_of(model).ptuning.kept)
 
 
 def watch(model: PeftModel) -> list[tuple[int, int]]:
@@ -409,7 +410,7 @@ def test_the_shared_prompts_gradient_through_every_encoder(family) -> None:
 @pytest.mark.parametrize("family", SHARED)
 def test_both_kernels_are_right_with_every_mask(family, kernel, monkeypatch) -> None:
     if kernel == "joined":
-        monkeypatch.setattr(shared_prompt, "can_merge", lambda *args: False)
+        monkeypatch.setattr(attention, "can_merge", lambda *args: False)
     model = make_adapted(family)
     other = concatenating(model)
     for lengths in ((S, S), (S, S - 2)):
@@ -439,15 +440,16 @@ def test_a_window_that_just_reaches_the_prompt(window) -> None:
 def test_queries_of_the_last_tokens_only(kernel, window, monkeypatch) -> None:
     """Gemma 4 has layers that attend to the keys of others, for the tokens whose logits are asked for."""
     if kernel == "joined":
-        monkeypatch.setattr(shared_prompt, "can_merge", lambda *args: False)
+        monkeypatch.setattr(attention, "can_merge", lambda *args: False)
     module = stack_of(make_adapted()).layers[0].self_attn
     query, key, value = torch.randn(2, 4, S, 8), torch.randn(2, 2, S, 8), torch.randn(2, 2, S, 8)
-    prompt = shared_prompt.SharedPrompt("default", V, {0: (torch.randn(1, 2, V, 8), torch.randn(1, 2, V, 8))})
-    in_front = shared_prompt.InFront(prompt, lambda: torch.arange(V, V + S)[None], S, V + S)
+    prompt = Prompt(("default",), V, states={0: (torch.randn(1, 2, V, 8), torch.randn(1, 2, V, 8))})
+    in_front = attention.InFront(prompt, S, 0, None, torch.arange(V, V + S)[None])
 
     def attend(query: torch.Tensor) -> torch.Tensor:
-        attention = shared_prompt.sdpa_attention_forward
-        return in_front.attend(attention, module, query, key, value, None, {"sliding_window": window})[0]
+        return in_front.attend(
+            attention.sdpa_attention_forward, module, query, key, value, None, {"sliding_window": window}
+        )[0]
 
     for tokens in (1, 3):
         torch.testing.assert_close(attend(query[:, :, -tokens:]), attend(query)[:, -tokens:], rtol=0, atol=1e-5)

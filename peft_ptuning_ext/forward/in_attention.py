@@ -1,0 +1,231 @@
+# SPDX-FileCopyrightText: 2026 The peft_ptuning_ext authors
+# SPDX-License-Identifier: Apache-2.0
+"""The prompt in attention: its keys and values are computed once for all rows, and put in front when attention runs.
+
+What comes first does not depend on what follows, so on a causal decoder the keys and values of the prompt are the same
+for every row. One pass of the prompt at batch size 1 makes them. Everything else is the base model's own doing on the
+user's tokens, whose positions begin at V: its masks, its cache (which never holds the prompt) and its outputs have the
+user's length.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any, Optional
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from transformers import Cache, PreTrainedModel
+
+from ..backbone import ATTENTION_NAMES
+from ..prompts.prompt import Prompt, States
+from .attention import KEYWORD, InFront, Recording
+from .call import Call, count_positions
+
+
+# For how many adapters of a model keys and values are kept; the one stored first goes first.
+KEPT_ADAPTERS = 16
+
+
+class NotRecorded(Exception):
+    """What a pass of the prompt found out about the backbone: why its keys and values can't be computed apart."""
+
+
+def run(forward: Callable, call: Call, prompt: Prompt) -> Any:
+    """Runs a call with a prompt in front of its text.
+
+    Args:
+        forward (`Callable`): The backbone's own `forward`.
+        call ([`Call`]): What was asked.
+        prompt ([`Prompt`]): With its states.
+
+    Returns:
+        The outputs of `forward`, which have the text's length. Attention maps have V more columns.
+
+    Raises:
+        ValueError: The text is too long, or its mask too short.
+    """
+    positions, mask, past, text = call.given_positions, call.plain_mask, call.past, call.tokens.shape[1]
+    if positions is None:
+        call.check_packing()
+    if not isinstance(past, torch.Tensor):
+        call.check_lengths(past, prompt.length, mask)
+    if positions is None:
+        positions = (torch.arange(text, device=call.tokens.device) + past)[None]
+        if mask is not None:
+            positions = count_positions(mask).take_along_dim(positions, dim=-1)
+    positions = positions + prompt.length
+    in_front = InFront(prompt, text, past, mask, positions)
+    if call.cache is not None:
+        call.cache.ptuning_prompt = prompt
+    output = forward(**{**call.given, "position_ids": positions, KEYWORD: in_front})
+    for value in output if isinstance(output, tuple) else output.values():
+        if isinstance(value, Cache):
+            value.ptuning_prompt = prompt
+    return output
+
+
+def why_not(stack: PreTrainedModel) -> Optional[str]:
+    """Why a backbone whose attention can take a prompt is not given one now; `None` if it is."""
+    if not takes_prompt(stack):
+        return f"its attention implementation was changed to {stack.config._attn_implementation!r}"
+    if _is_sharded(stack):
+        return "its weights are spread over processes (FSDP, ZeRO-3)"
+    if torch.is_grad_enabled() and _checkpoints_reentrantly(stack):
+        return "it checkpoints gradients, and not with `use_reentrant=False`"
+    return None
+
+
+def takes_prompt(stack: PreTrainedModel) -> bool:
+    """Whether the attention of this backbone is one that takes a prompt now."""
+    return stack.config._attn_implementation in ATTENTION_NAMES.values()
+
+
+def _is_sharded(stack: PreTrainedModel) -> bool:
+    """Whether processes gather the weights of its modules as they run (FSDP, DeepSpeed ZeRO-3).
+
+    All processes then have to run the same modules, and a module's backward pass has to end where its output's begins.
+    A pass for the prompt alone keeps to neither: only some processes may need it, and of its last layer only the keys
+    and values are used.
+    """
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return False  # looking through the modules takes as long as a small layer does
+    return any(isinstance(module, (FSDPModule, FullyShardedDataParallel)) for module in stack.modules()) or any(
+        hasattr(parameter, "ds_id") for parameter in stack.parameters()
+    )
+
+
+def _checkpoints_reentrantly(stack: PreTrainedModel) -> bool:
+    """Whether gradient checkpointing is on, of the kind that passes no gradient to what a layer gets by name."""
+    for module in stack.modules():
+        if module.training and getattr(module, "gradient_checkpointing", False):
+            function = getattr(module, "_gradient_checkpointing_func", None)
+            if getattr(function, "keywords", {}).get("use_reentrant", True):
+                return True
+    return False
+
+
+def with_states(stack: PreTrainedModel, forward: Callable, prompt: Prompt) -> Prompt:
+    """Returns the prompt with its keys and values: those kept, where no gradient is asked for, or new ones.
+
+    Args:
+        stack (`PreTrainedModel`): The backbone.
+        forward (`Callable`): Its own `forward`.
+        prompt ([`Prompt`]): With its vectors, (1, V, H), in the dtype of the text's embeddings.
+
+    Raises:
+        NotRecorded: The pass showed that the backbone does not call its attention exactly once per layer.
+    """
+    vectors, kept = prompt.vectors, stack.ptuning.kept
+    keeps = not torch.is_grad_enabled() and not stack.training and not torch.compiler.is_compiling()
+    if keeps and (states := kept.find(stack, prompt.names, vectors)) is not None:
+        return Prompt(prompt.names, prompt.length, states=states)
+    states = _record(stack.config, forward, vectors)
+    if keeps:
+        kept.keep(stack, prompt.names, vectors, states)
+    return Prompt(prompt.names, prompt.length, states=states)
+
+
+def _record(config: Any, forward: Callable, vectors: torch.Tensor) -> States:
+    """Computes the keys and values of a prompt (1, V, H) by one pass of the backbone."""
+    recording = Recording()
+    positions = torch.arange(vectors.shape[1], device=vectors.device)[None]
+    # A copy of the prompt, because there are models that scale their embeddings in place.
+    arguments = {"inputs_embeds": vectors.clone(), "position_ids": positions, "use_cache": False}
+    forward(**arguments, **{KEYWORD: recording})
+    # A copy of the dict: with gradient checkpointing the layers run again in the backward pass and would overwrite it.
+    states = dict(recording.states)
+    if len(states) != config.num_hidden_layers:
+        raise NotRecorded("not all of its layers hand their arguments down to an attention of their own")
+    if recording.attended != len(states):
+        raise NotRecorded("its layers attend more than once")
+    if getattr(config, "sliding_window", None) is not None:
+        kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * len(states)
+        if any(kinds[layer] == "sliding_attention" and window is None for layer, window in recording.windows.items()):
+            raise NotRecorded("its attention does not tell its sliding window")
+    return states
+
+
+class KeptStates:
+    """Keys and values of prompts kept between calls that need no gradients, one entry for each prompt.
+
+    An entry is dropped when anything that it was made of is another: the prompt's values, a tensor of the backbone (by
+    identity, address and version counter), dtype, device, autocast. Writing through `parameter.data` leaves no such
+    trace; `forget()` is for that. Nothing is kept while adapters of other methods are inside the backbone, whose state
+    has no version.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, ...], tuple[torch.Tensor, Any, States]] = {}
+
+    def find(self, stack: nn.Module, names: tuple[str, ...], vectors: torch.Tensor) -> Optional[States]:
+        """Returns the states of a prompt if they are still those of `vectors`, (1, V, H)."""
+        kept = self._kept.get(names)
+        if kept is None:
+            return None
+        of_vectors, fingerprint, states = kept
+        is_same = of_vectors.shape == vectors.shape and of_vectors.dtype == vectors.dtype
+        if (
+            is_same
+            and of_vectors.device == vectors.device
+            and torch.equal(of_vectors, vectors)
+            and _is_same(fingerprint, _fingerprint(stack, vectors.device))
+        ):
+            return states
+        self._kept.pop(names, None)
+        return None
+
+    def keep(self, stack: nn.Module, names: tuple[str, ...], vectors: torch.Tensor, states: States) -> None:
+        """Keeps the states that were computed from `vectors`, (1, V, H)."""
+        fingerprint = _fingerprint(stack, vectors.device)
+        if fingerprint is None:
+            return
+        self._kept[names] = vectors.clone(), fingerprint, states
+        for oldest in list(self._kept)[:-KEPT_ADAPTERS]:
+            self._kept.pop(oldest, None)
+
+    def forget(self, adapter_name: Optional[str] = None) -> None:
+        """Drops the entries that an adapter is part of, or all."""
+        for names in list(self._kept):
+            if adapter_name is None or adapter_name in names:
+                self._kept.pop(names, None)
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __reduce__(self) -> tuple:
+        return KeptStates, ()  # copies and pickles of a model begin with none
+
+
+def _fingerprint(stack: nn.Module, device: torch.device) -> Optional[list[tuple]]:
+    """What a prompt's keys and values depend on besides the prompt; `None` if not all of it can be told."""
+    kind = device.type
+    fingerprint: list[tuple] = [(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None,)]
+    ours: set[nn.Module] = set()
+    for module in stack.modules():
+        if getattr(module, "_is_replica", False):
+            return None  # of DataParallel: its weights are new at every call
+        if "ptuning_encoders" in getattr(module, "adapter_layer_names", ()):
+            ours = {module, *module.ptuning_encoders.modules()}
+        if module in ours:
+            continue
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            return None
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is None:
+                continue
+            if tensor.is_inference() or tensor.is_meta:
+                return None  # no version counter; values that are elsewhere
+            fingerprint.append((weakref.ref(tensor), tensor.data_ptr(), tensor._version))
+    return fingerprint
+
+
+def _is_same(one: Optional[list[tuple]], other: Optional[list[tuple]]) -> bool:
+    # A tensor has one weak reference as long as it lives: by identity, a tensor in place of a dead one differs.
+    if one is None or other is None or len(one) != len(other):
+        return False
+    return all(a[0] is b[0] and a[1:] == b[1:] for a, b in zip(one, other))

@@ -1,0 +1,180 @@
+# SPDX-FileCopyrightText: 2026 The peft_ptuning_ext authors
+# SPDX-License-Identifier: Apache-2.0
+"""The prompt in each row: V more tokens beside the user's on the way in, taken off on the way out.
+
+This is right for every backbone. What it costs is V more tokens in every row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Optional
+
+import torch
+from torch import nn
+from transformers import Cache
+
+from ..backbone import PER_TOKEN_FILLS, UNTOUCHED_INPUTS, Backbone, pool
+from ..prompts.prompt import Prompt
+from .cache import hold_prompt, is_static, whole_view
+from .call import Call, leading_padding
+from .layout import Layout
+
+
+# Inputs with one value for each token that have a rule: how the prompt's values are chosen.
+RULED_INPUTS = {"input_ids", "inputs_embeds", "position_ids", *PER_TOKEN_FILLS}
+
+
+def begin(
+    stack: nn.Module, forward: Callable, call: Call, prompt: Prompt, embeds: torch.Tensor, why_in_row: Optional[str]
+) -> Any:
+    """Runs a call that begins a sequence.
+
+    Args:
+        stack (`nn.Module`): The backbone.
+        forward (`Callable`): Its own `forward`.
+        call ([`Call`]): What was asked.
+        prompt ([`Prompt`]): With its vectors, (1, V, H).
+        embeds (`torch.Tensor`): The embeddings of the text, (B, S, H).
+        why_in_row (`str`, *optional*): Why the prompt stands in the row, for messages.
+
+    Returns:
+        The outputs of `forward` at the text's positions. An encoder-decoder's encoder keeps the prompt's, to which its
+        decoder attends.
+
+    Raises:
+        ValueError: An input has no rule for a prompt in the row, or the text is too long.
+    """
+    _check(call, why_in_row)
+    call.check_lengths(0, prompt.length, call.mask)
+    batch_size, text = embeds.shape[:2]
+    layout = Layout.at(_places(call, prompt.length), prompt.length, text)
+    widened = {"input_ids": None, "inputs_embeds": layout.spread(prompt.vectors, embeds)}
+    for name, value in PER_TOKEN_FILLS.items():
+        if call.given.get(name) is not None:
+            widened[name] = layout.fill(value, call.given[name])
+    if (positions := call.positions()) is not None:
+        # If the caller of a decoder passed positions, the prompt gets 0 to V-1. Otherwise it begins at the model's own
+        # first position (2 for RoBERTa).
+        is_told = call.backbone.is_causal and call.given_positions is not None
+        widened["position_ids"] = layout.positions(positions, 0 if is_told else call.backbone.first_position)
+    memory = Prompt(prompt.names, prompt.length)
+    if call.cache is not None:
+        hold_prompt(call.cache, memory)
+        widened["past_key_values"] = whole_view(call.cache)
+    output = forward(**call.arguments(**widened))
+    if call.backbone.decoder is not None:
+        return output
+    total = prompt.length + text
+    if output[0].shape[1] != total:
+        raise ValueError(
+            f"{call.stack} was given {total} positions and returned {output[0].shape[1]}: it adds or merges "
+            "positions, and which of them are the prompt's can't be told."
+        )
+    pooled = "pooler_output"
+    if isinstance(output, tuple):
+        pooled = 1 if getattr(stack, "pooler", None) is not None else None
+
+    def trim(key: str | int, value: Any, hidden: torch.Tensor) -> Any:
+        if key == pooled and value is not None:
+            return pool(stack, hidden)
+        return _with_memory(value, memory) if isinstance(value, Cache) else layout.trim(value, batch_size)
+
+    hidden = layout.trim(output[0], batch_size)
+    if isinstance(output, tuple):
+        return tuple(trim(key, value, hidden) for key, value in enumerate(output))
+    for key in list(output):
+        output[key] = trim(key, output[key], hidden)
+    return output
+
+
+def go_on(forward: Callable, call: Call, why_in_row: Optional[str]) -> Any:
+    """Runs a call behind a cache that holds the prompt: nothing is put in front.
+
+    Args:
+        forward (`Callable`): The backbone's own `forward`.
+        call ([`Call`]): What was asked.
+        why_in_row (`str`, *optional*): Why the prompt stands in the row, for messages.
+
+    Raises:
+        ValueError: An input has no rule for a prompt in the row, or the text is too long.
+    """
+    _check(call, why_in_row)
+    memory, text = call.memory, call.tokens.shape[1]
+    call.check_lengths(call.past - memory.length, memory.length, call.mask)
+    widened = {}
+    if call.mask is not None:
+        widened["attention_mask"] = widen_mask(call.backbone, call.mask, memory.length)
+    if (positions := call.positions()) is not None:
+        widened["position_ids"] = positions[..., -text:] + memory.length
+    output = forward(**call.arguments(**widened))
+    for value in output if isinstance(output, tuple) else output.values():
+        if isinstance(value, Cache):
+            hold_prompt(value, memory)
+    return output
+
+
+def widen_memory_mask(backbone: Backbone, decoder: nn.Module, args: tuple, kwargs: dict) -> Optional[tuple]:
+    """Forward pre-hook of a decoder: lets it see the prompt in what its encoder hands over."""
+    memory, mask = kwargs.get("encoder_hidden_states"), kwargs.get("encoder_attention_mask")
+    if memory is None or mask is None or memory.shape[1] <= mask.shape[1]:
+        return None
+    widened = widen_mask(backbone, mask, memory.shape[1] - mask.shape[1])
+    return args, {**kwargs, "encoder_attention_mask": widened}
+
+
+def widen_mask(backbone: Backbone, mask: torch.Tensor, length: int) -> torch.Tensor:
+    """`mask` (B, N) with the ones of V = `length` virtual tokens at their places: (B, V+N)."""
+    return Layout.at(_places_beside(backbone, mask, length), length, mask.shape[1]).fill(1, mask)
+
+
+def _places(call: Call, length: int) -> Optional[torch.Tensor]:
+    return None if call.mask is None else _places_beside(call.backbone, call.mask, length)
+
+
+def _places_beside(backbone: Backbone, mask: torch.Tensor, length: int) -> Optional[torch.Tensor]:
+    """The columns of a text that the prompt stands before, (B, V); `None`: in front of all rows' columns.
+
+    Padding on the left of the text stays on the left of the prompt where distance is counted in columns. Otherwise the
+    text's output would depend on how much padding there is, and the prompt would leave a sliding window.
+    """
+    if not backbone.beside_text:
+        return None
+    if not torch.compiler.is_compiling() and not (mask[:, 0] == 0).any():
+        return None
+    return leading_padding(mask).expand(-1, length)
+
+
+def _with_memory(cache: Cache, memory: Prompt) -> Cache:
+    hold_prompt(cache, memory)
+    return cache
+
+
+def _check(call: Call, why_in_row: Optional[str]) -> None:
+    """Refuses what would otherwise be silently wrong."""
+    call.check_packing()
+    if call.cache is not None and is_static(call.cache):
+        raise ValueError(
+            f"{call.stack} got a static cache, which has no room for the prompt: it is concatenated here, because "
+            f"{why_in_row}. Leave `cache_implementation` at its default."
+        )
+    if call.mask is not None and not (isinstance(call.mask, torch.Tensor) and call.mask.dim() == 2):
+        kind = f"{call.mask.dim()}-D mask" if isinstance(call.mask, torch.Tensor) else type(call.mask).__name__
+        raise ValueError(
+            f"{call.stack} got an attention mask that has no room for the prompt ({kind}) instead of a 2-D one "
+            f"(B, S): the prompt is concatenated here, because {why_in_row}."
+        )
+    batch_size, text = call.tokens.shape[:2]
+    for name, value in call.given.items():
+        if name in RULED_INPUTS or name in UNTOUCHED_INPUTS or not isinstance(value, torch.Tensor):
+            continue
+        if tuple(value.shape[:2]) == (batch_size, text) and (text > 1 or value.dim() > 2):
+            raise ValueError(
+                f"{call.stack} got the per-token input `{name}` of shape {tuple(value.shape)}, for which P-tuning has "
+                "no rule: what a virtual token's value should be is not known."
+            )
+    if call.backbone.is_causal and call.is_packed:
+        raise ValueError(
+            f"{call.stack} got several texts packed into one row, of which only the first would see the prompt. "
+            "Pass one text per row, padded, with an attention mask."
+        )

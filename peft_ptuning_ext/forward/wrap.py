@@ -1,0 +1,181 @@
+# SPDX-FileCopyrightText: 2026 The peft_ptuning_ext authors
+# SPDX-License-Identifier: Apache-2.0
+"""Begin here: the backbone's `forward` is wrapped, and `run` is what becomes of one call.
+
+The wrapped `forward` takes everything from the module that it is called on, and `run` keeps nothing between calls. So
+a copied, pickled or replicated model, and several threads on one model, are right.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import Any, Optional
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from ..backbone import Backbone
+from ..prompts.adapter import ATTACHMENT, find_stack
+from ..prompts.layer import PTuningLayer
+from . import in_attention, in_row
+from .attention import adapt_attention, restore_attention
+from .call import Call
+from .in_attention import KeptStates, NotRecorded
+
+
+@dataclass
+class Attachment:
+    """What a backbone with prompts carries, at `stack.ptuning`.
+
+    Args:
+        backbone ([`Backbone`]): Facts about it.
+        kept ([`KeptStates`]): Keys and values of prompts, kept between calls without gradients.
+        not_recorded (`str`, *optional*): Why keys and values can't be computed apart, as a first pass has shown.
+        decoder_hook (`RemovableHandle`, *optional*): The hook on the decoder that attends to this backbone.
+        own_forward (`Callable`, *optional*): A `forward` that the module itself had, rather than its class.
+    """
+
+    backbone: Backbone
+    kept: KeptStates = field(default_factory=KeptStates)
+    not_recorded: Optional[str] = None
+    decoder_hook: Optional[RemovableHandle] = None
+    own_forward: Optional[Callable] = None
+
+
+def run(stack: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
+    """One call of a backbone: what was asked, what is in front of it, and how both meet.
+
+    Args:
+        stack (`nn.Module`): The backbone.
+        forward (`Callable`): Its own `forward`.
+        args (`tuple`), kwargs (`dict`): What it was called with.
+    """
+    attachment = stack.ptuning
+    layer = layer_of(stack)
+    names = layer.prompt_names
+    call = Call.read(stack, attachment.backbone, args, kwargs)
+    call.check_memory(names)
+    if not names or call.tokens is None:  # the model has its own error for no text, and for two
+        return forward(**call.given)
+    call.check_names()
+    if call.memory is not None:
+        if call.memory.states is None:
+            return in_row.go_on(forward, call, why_in_row(stack))
+        if not in_attention.takes_prompt(stack):
+            raise ValueError(
+                "The cache was filled behind a shared prompt, and the attention implementation was then changed to "
+                f"{stack.config._attn_implementation!r}, which does not see it. Begin with an empty cache."
+            )
+        return in_attention.run(forward, call, call.memory)
+    is_worth_a_pass = call.is_worth_a_pass
+    reason = why_in_row(stack)
+    prompt = layer.choose(names, call.tokens.dtype if call.is_embedded else layer.dtype or stack.dtype)
+    if reason is None and is_worth_a_pass:
+        try:
+            prompt = in_attention.with_states(stack, forward, prompt)
+        except NotRecorded as found:
+            reason = attachment.not_recorded = str(found)
+        else:
+            return in_attention.run(forward, call, prompt)
+    embeds = call.tokens if call.is_embedded else layer.embed(call.tokens)
+    return in_row.begin(stack, forward, call, prompt, embeds, reason)
+
+
+def why_in_row(stack: nn.Module) -> Optional[str]:
+    """Why the prompt stands in each row now; `None` if its keys and values are put in front in attention."""
+    attachment = stack.ptuning
+    backbone = attachment.backbone
+    found = backbone.not_in_attention or backbone.not_recorded or attachment.not_recorded
+    return found or in_attention.why_not(stack)
+
+
+def layer_of(stack: nn.Module) -> PTuningLayer:
+    """Returns the tuner layer of a backbone that prompts are attached to."""
+    layer = stack.get_submodule(stack.ptuning.backbone.embedding)
+    if not isinstance(layer, PTuningLayer):
+        raise ValueError(
+            f"The input embedding of {type(stack).__name__} was replaced after the P-tuning adapter was added. "
+            "Resize or replace embeddings first and add the adapter then."
+        )
+    return layer
+
+
+def attach(model: nn.Module, backbone: Backbone) -> None:
+    """Wraps the `forward` of the backbone in `model`; `detach` undoes it. After an error nothing is changed."""
+    stack = model.get_submodule(backbone.name)
+    decoder = None if backbone.decoder is None else model.get_submodule(backbone.decoder)
+    attachment, wrapped = Attachment(backbone), _wrapped_class(type(stack))
+    setattr(stack, ATTACHMENT, attachment)
+    try:
+        # Accelerate's hooks put a `forward` on the module itself, and what that calls at `_old_forward`.
+        name = "_old_forward" if "_old_forward" in vars(stack) else "forward"
+        if (own := vars(stack).get(name)) is not None:
+            if getattr(own, "__func__", None) is not type(stack).forward:
+                attachment.own_forward = own
+            setattr(stack, name, MethodType(wrapped.forward, stack))
+        stack.__class__ = wrapped
+        if decoder is not None:
+            hook = functools.partial(in_row.widen_memory_mask, backbone)
+            attachment.decoder_hook = decoder.register_forward_pre_hook(hook, with_kwargs=True)
+        if backbone.not_in_attention is None and backbone.not_recorded is None:
+            adapt_attention(stack)
+    except BaseException:
+        detach(model)
+        raise
+
+
+def detach(model: nn.Module) -> None:
+    """Gives the backbone in `model` its own `forward` back."""
+    stack = find_stack(model)
+    attachment = getattr(stack, ATTACHMENT)
+    wrapped = next((c for c in type(stack).__mro__ if "ptuning_wraps" in vars(c)), None)
+    if wrapped is not None:
+        for name in ("_old_forward", "forward"):
+            if getattr(vars(stack).get(name), "__func__", None) is not wrapped.forward:
+                continue
+            if attachment.own_forward is not None:
+                setattr(stack, name, attachment.own_forward)
+            elif name == "forward":
+                del stack.forward
+            else:
+                setattr(stack, name, MethodType(wrapped.ptuning_wraps.forward, stack))
+        stack.__class__ = _without(wrapped, type(stack))
+    if attachment.decoder_hook is not None:
+        attachment.decoder_hook.remove()
+    restore_attention(stack)
+    delattr(stack, ATTACHMENT)
+
+
+@functools.cache
+def _wrapped_class(original: type[nn.Module]) -> type[nn.Module]:
+    """A class of the same name whose `forward` is `run`. A copy of a module has its class, and so is wrapped, too."""
+
+    @functools.wraps(original.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        own = self.ptuning.own_forward
+        return run(self, functools.partial(original.forward, self) if own is None else own, args, kwargs)
+
+    def __reduce_ex__(self: nn.Module, protocol: Any) -> tuple:
+        return _rebuild, (original,), self.__getstate__()
+
+    body = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
+    body |= {"forward": forward, "__reduce_ex__": __reduce_ex__, "ptuning_wraps": original}
+    return type(original.__name__, (original,), body)
+
+
+def _rebuild(original: type[nn.Module]) -> nn.Module:
+    wrapped = _wrapped_class(original)
+    return wrapped.__new__(wrapped)
+
+
+def _without(wrapped: type[nn.Module], cls: type[nn.Module]) -> type[nn.Module]:
+    """`cls` as it would be without `wrapped`, from which others may have derived it (FSDP2 does)."""
+    if cls is wrapped:
+        return wrapped.ptuning_wraps
+    if wrapped not in cls.__mro__:
+        return cls
+    body = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+    return type(cls.__name__, tuple(_without(wrapped, base) for base in cls.__bases__), body)

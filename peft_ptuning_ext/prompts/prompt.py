@@ -1,0 +1,33 @@
+# SPDX-FileCopyrightText: 2026 The peft_ptuning_ext authors
+# SPDX-License-Identifier: Apache-2.0
+"""What stands in front of the text of one call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+
+
+# By layer, keys and values as attention receives them, each (1, key-value heads, V, D).
+States = dict[int, tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The prompt of one call, as vectors that enter the backbone, or as the keys and values that come of them.
+
+    A cache that was filled behind a prompt has a `Prompt`, too. It then tells which prompt that was.
+
+    Args:
+        names (`tuple[str, ...]`): The adapters that it is made of.
+        length (`int`): V.
+        vectors (`torch.Tensor`, *optional*): What enters the first layer, (1, V, H).
+        states (`dict[int, tuple]`, *optional*): Its keys and values in every layer.
+    """
+
+    names: tuple[str, ...]
+    length: int
+    vectors: Optional[torch.Tensor] = None
+    states: Optional[States] = None
