@@ -52,7 +52,14 @@ EMBED_SCALES: dict[str, str] = {
 }
 
 # What a virtual token has in the inputs that have one value for each token.
-PER_TOKEN_FILLS: dict[str, int] = {"attention_mask": 1, "token_type_ids": 0, "visual_pos_masks": 0}
+PER_TOKEN_FILLS: dict[str, int] = {
+    "attention_mask": 1,
+    "token_type_ids": 0,
+    "task_type_ids": 0,  # ERNIE: what it takes where none are given
+    "visual_pos_masks": 0,  # Qwen3-VL and its kin: a virtual token is no part of an image
+    "vision_mask": 0,  # Granite 4 Vision, (B, S, H)
+    "moe_mm_token_type_ids": 0,  # ERNIE 4.5 VL: it goes to the experts of text
+}
 
 # Inputs whose second dimension may be S by chance, or that are not read at the backbone's positions.
 UNTOUCHED_INPUTS = frozenset({"encoder_hidden_states", "encoder_attention_mask", "labels", "shift_labels"})
@@ -268,8 +275,10 @@ def _is_causal(backbone: PreTrainedModel) -> bool:
         return bool(from_config)
     if any(getattr(module, "is_causal", None) is True for module in backbone.modules()):
         return True  # cross-attention never says so
+    if getattr(config, "is_encoder_decoder", False):
+        return False
     # XGLM and MPT say it nowhere. A model for the next token that is not also one for masked tokens is a decoder.
-    return not getattr(config, "is_encoder_decoder", False) and is_decoder_only(config)
+    return getattr(config, "is_decoder", False) or is_decoder_only(config)
 
 
 def is_decoder_only(config: PreTrainedConfig) -> bool:

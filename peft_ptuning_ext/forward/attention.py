@@ -30,6 +30,9 @@ from .merged_attention import can_merge, merged_attention
 # The argument by which the backbone hands the prompt down to its attention.
 KEYWORD = "ptuning_prompt"
 
+# Up to so many numbers of keys, copying them for a single query takes less time than merging two attentions.
+SMALL = 2**15
+
 
 @dataclass
 class InFront:
@@ -73,7 +76,14 @@ class InFront:
         mask = mask if mask is None else mask[..., :tokens]
         if mask is None and 1 < queries < self.queries:  # only of the last tokens
             mask = torch.ones(self.queries, tokens, dtype=torch.bool, device=key.device).tril()[None, None, -queries:]
-        if attention is sdpa_attention_forward and window is None and can_merge(query, key, value, kwargs):
+        copied = key.numel() + len(key) * prompt_key.numel()
+        is_small = queries == 1 and copied <= SMALL and not torch.is_grad_enabled()
+        if (
+            attention is sdpa_attention_forward
+            and window is None
+            and not is_small
+            and can_merge(query, key, value, kwargs)
+        ):
             return merged_attention(query, key, value, prompt_key, prompt_value, mask, kwargs.get("scaling")), None
         if len(key) > 1:
             prompt_key, prompt_value = (t.expand(len(key), -1, -1, -1) for t in (prompt_key, prompt_value))

@@ -51,6 +51,27 @@ def make_qwen2_vl() -> tf.Qwen2VLForConditionalGeneration:
     return tf.Qwen2VLForConditionalGeneration(config).eval()
 
 
+def make_qwen3_vl() -> tf.Qwen3VLForConditionalGeneration:
+    """Its text model adds features of the image to the hidden states of the first layers, where a mask says so."""
+    config = tf.Qwen3VLConfig(
+        text_config={**DECODER_SIZES, "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]}},
+        vision_config={
+            **{"depth": 2, "hidden_size": 16, "out_hidden_size": 32, "intermediate_size": 24, "num_heads": 2},
+            **{"patch_size": 4, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]},
+        },
+        image_token_id=IMAGE,
+        vision_start_token_id=VISION_START,
+        vision_end_token_id=92,
+        video_token_id=93,
+    )
+    torch.manual_seed(0)
+    model = tf.Qwen3VLForConditionalGeneration(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.2)
+    return model
+
+
 def llava_inputs() -> dict:
     ids = torch.tensor([[5, IMAGE, IMAGE, IMAGE, IMAGE, 6, 7], [8, 9, IMAGE, IMAGE, IMAGE, IMAGE, 10]])
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(2, 3, 8, 8)}
@@ -82,6 +103,8 @@ def concatenate_in_text_model(base: tf.PreTrainedModel, prompt: torch.Tensor, in
             first = torch.arange(len(prompt)).expand(*position_ids.shape[:-1], -1)
             positions = torch.cat([first, position_ids + len(prompt)], dim=-1)
         kwargs = {key: value for key, value in kwargs.items() if key != "input_ids"}
+        if (seen := kwargs.get("visual_pos_masks")) is not None:
+            kwargs["visual_pos_masks"] = torch.cat([seen.new_zeros(len(seen), len(prompt)), seen], dim=1)
         outputs = forward(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, **kwargs)
         outputs.last_hidden_state = outputs.last_hidden_state[:, len(prompt) :]
         return outputs
@@ -95,8 +118,8 @@ def concatenate_in_text_model(base: tf.PreTrainedModel, prompt: torch.Tensor, in
 
 @pytest.mark.parametrize(
     ("make", "make_inputs"),
-    [(make_llava, llava_inputs), (make_qwen2_vl, qwen2_vl_inputs)],
-    ids=["LLaVA", "Qwen2-VL"],
+    [(make_llava, llava_inputs), (make_qwen2_vl, qwen2_vl_inputs), (make_qwen3_vl, qwen2_vl_inputs)],
+    ids=["LLaVA", "Qwen2-VL", "Qwen3-VL"],
 )
 @torch.no_grad()
 def test_vision_language_models(make, make_inputs) -> None:
@@ -118,6 +141,30 @@ def test_vision_language_models(make, make_inputs) -> None:
     generated = model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False)
     uncached = model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False, use_cache=False)
     assert torch.equal(generated, uncached)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning"
+)  # its new name is new
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")  # those of the vision tower
+@pytest.mark.parametrize("use_reentrant", [None, True, False])
+@pytest.mark.parametrize("make", [make_qwen2_vl, make_qwen3_vl])
+def test_one_row_with_an_image_trains(make, use_reentrant) -> None:
+    inputs, base = qwen2_vl_inputs(), make()
+    model = get_peft_model(make(), PTuningConfig(num_virtual_tokens=V, task_type="CAUSAL_LM")).eval()
+    prompt = model.prompt_embeddings().detach().requires_grad_()
+    expected = concatenate_in_text_model(base, prompt, inputs)
+    expected.square().sum().backward()
+    if use_reentrant is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        model.enable_input_require_grads()
+        for module in model.modules():  # checkpoints are taken in training only, and these models have no dropout
+            module.training = hasattr(module, "gradient_checkpointing")
+    logits = model(**inputs, use_cache=False).logits
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+    logits.square().sum().backward()
+    found = next(p.grad for n, p in model.named_parameters() if "ptuning_" in n)
+    torch.testing.assert_close(found, prompt.grad, rtol=1e-4, atol=1e-5 * prompt.grad.abs().max().item())
 
 
 def make_gemma3(attn_implementation: str) -> tf.Gemma3ForConditionalGeneration:
@@ -220,6 +267,9 @@ UNUSUAL_DECODERS = {
     "MPT (ALiBi)": tf.MptConfig(**SIZES, d_model=32, n_heads=4, n_layers=2, max_seq_len=64),
     "CodeGen (rotary, positions optional)": tf.CodeGenConfig(
         **SIZES, n_embd=32, n_head=4, n_layer=2, n_positions=64, n_ctx=64, rotary_dim=4
+    ),
+    "XGLM (sinusoids, says nowhere that it is causal)": tf.XGLMConfig(
+        **SIZES, d_model=32, ffn_dim=48, attention_heads=4, num_layers=2, max_position_embeddings=64
     ),
     "GPT-Neo (local attention)": tf.GPTNeoConfig(
         **SIZES, hidden_size=32, num_heads=4, num_layers=2, attention_types=[[["global", "local"], 1]], window_size=6
@@ -430,6 +480,17 @@ def test_a_backbone_that_adds_positions_of_its_own_is_refused_when_it_does() -> 
 
 
 @torch.no_grad()
+def test_task_types_are_per_token_and_a_prompt_has_the_default_one() -> None:
+    torch.manual_seed(0)
+    base = tf.ErnieModel(tf.ErnieConfig(**ENCODER_SIZES, use_task_id=True)).eval()
+    model = get_peft_model(base, PTuningConfig(num_virtual_tokens=V)).eval()
+    batch = make_batch("BERT", "FEATURE_EXTRACTION")
+    types = torch.zeros_like(batch["input_ids"])
+    assert torch.equal(main_output(model(**batch, task_type_ids=types)), main_output(model(**batch)))
+    assert not torch.allclose(main_output(model(**batch, task_type_ids=types + 1)), main_output(model(**batch)))
+
+
+@torch.no_grad()
 def test_a_model_inside_another_module() -> None:
     class Wrapper(nn.Module):
         def __init__(self) -> None:
@@ -516,6 +577,29 @@ REFUSED = {
     "pooled positions": (
         lambda: tf.FunnelBaseModel(tf.FunnelConfig(vocab_size=20, d_model=8, n_head=2, d_head=4, d_inner=8)),
         "it pools neighbouring positions",
+    ),
+    "images in cross-attention (Mllama)": (
+        lambda: tf.MllamaForConditionalGeneration(
+            tf.MllamaConfig(
+                text_config={
+                    **{**TINY, "num_hidden_layers": 2, "cross_attention_layers": [1], "num_key_value_heads": 1},
+                    **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+                    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+                },
+                vision_config={
+                    **{"hidden_size": 8, "num_hidden_layers": 1, "num_global_layers": 1, "attention_heads": 2},
+                    **{"intermediate_size": 8, "vision_output_dim": 16, "image_size": 8, "patch_size": 4},
+                    "intermediate_layers_indices": [0],
+                },
+            )
+        ),
+        "MllamaTextModel: its layers attend to images",
+    ),
+    "images in cross-attention (IDEFICS)": (
+        lambda: tf.IdeficsForVisionText2Text(
+            tf.IdeficsConfig(**TINY, vision_config={"embed_dim": 8, "num_attention_heads": 2})
+        ),
+        "IdeficsModel: its layers attend to images",
     ),
     "token dropout": (
         lambda: tf.EsmModel(tf.EsmConfig(**TINY, pad_token_id=0, mask_token_id=1, token_dropout=True)),
