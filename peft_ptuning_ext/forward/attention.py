@@ -67,7 +67,8 @@ class InFront:
             kwargs (`dict`): The further arguments of the attention function.
         """
         prompt_key, prompt_value = self.prompt.states[module.layer_idx]
-        if prompt_key.dtype != key.dtype or prompt_key.device != key.device:
+        if not key.dtype == prompt_key.dtype == prompt_value.dtype or prompt_key.device != key.device:
+            # Under autocast, keys that went through rotary embeddings may be float32 beside values in bfloat16.
             prompt_key, prompt_value = prompt_key.to(key), prompt_value.to(key)
         window, queries, tokens = kwargs.get("sliding_window"), query.shape[2], key.shape[2]
         if window is not None and not isinstance(self.past, torch.Tensor):

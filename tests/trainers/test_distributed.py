@@ -64,7 +64,8 @@ def test_two_processes_train_as_one(config, family, tmp_path) -> None:
             assert result.keys() == alone.keys()
             assert result["is_sharded"] == is_sharded
             torch.testing.assert_close(result["prompt"], alone["prompt"], rtol=0, atol=1e-6)
-            torch.testing.assert_close(result["logits"], alone["logits"], rtol=0, atol=1e-5)
+            # Half of the rows are multiplied at a time, which some processors round otherwise.
+            torch.testing.assert_close(result["logits"], alone["logits"], rtol=1e-5, atol=1e-5)
             for key in {"gradients", "losses", "watched"} & alone.keys():
                 torch.testing.assert_close(result[key], alone[key], rtol=1e-5, atol=1e-6)
             if "route" in result:
