@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import shutil
 import site
@@ -90,6 +91,29 @@ def test_importing_brings_little_along() -> None:
     allowed = {"peft_ptuning_ext", "aenum", "torch", "transformers", "sqlite3", "_sqlite3"}
     assert {name.partition(".")[0] for name in new} <= allowed
     assert len(new) < 50
+
+
+FLOORS = [["backbone", "registration", "files"], ["config"], ["prompts"], ["forward", "export", "monitor"], ["tuner"]]
+
+
+def test_imports_run_down_only() -> None:
+    """No module imports from a floor above its own, nor from a room beside it."""
+    package = ROOT / "peft_ptuning_ext"
+    floor_of = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+    upwards = []
+    for path in package.rglob("*.py"):
+        *folders, name = path.relative_to(package).with_suffix("").parts
+        if name == "__init__":
+            continue
+        room = folders[0] if folders else name
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                inside = node.level == len(folders) + 1
+                targets = [node.module.partition(".")[0]] if node.module else [alias.name for alias in node.names]
+                upwards += [
+                    f"{room} → {target}" for target in targets if inside and floor_of[target] >= floor_of[room]
+                ]
+    assert upwards == []
 
 
 def test_the_changelog_knows_the_version() -> None:
