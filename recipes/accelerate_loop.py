@@ -19,12 +19,12 @@ import evaluate
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DataLoaderConfiguration, extract_model_from_parallel, set_seed
-from arguments import DataArguments, MethodArguments, ModelArguments, parse_arguments
-from checkpoints import find_checkpoint
 from huggingface_hub import create_repo
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
-from report import describe, make_command, plot_confusion, push, write_card, write_predictions, write_results
-from sources import METRICS, find_model, find_packaged_encoder, load_data
+from shared.arguments import DataArguments, MethodArguments, ModelArguments, parse_arguments
+from shared.report import describe, make_command, plot_confusion, push, write_card, write_predictions, write_results
+from shared.resuming import find_checkpoint
+from shared.sources import METRICS, find_model, find_packaged_encoder, load_data
 from text_classification import SPEECH_ACTS, ColumnArguments, load_model, number_labels
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm

@@ -23,13 +23,13 @@ from typing import Literal
 import evaluate
 import numpy as np
 import torch
-from arguments import DataArguments, MethodArguments, ModelArguments, parse_arguments
-from checkpoints import find_checkpoint
 from datasets import Dataset, DatasetDict, concatenate_datasets
-from methods import make_callbacks, make_trainable, watch_prompt
-from report import can_measure_first, describe, make_command, push, save_run, write_card, write_predictions
-from small_models import SEQ2SEQ, find_small_model
-from sources import (
+from shared.arguments import DataArguments, MethodArguments, ModelArguments, parse_arguments
+from shared.methods import make_callbacks, make_trainable, watch_prompt
+from shared.report import can_measure_first, describe, make_command, push, save_run, write_card, write_predictions
+from shared.resuming import find_checkpoint
+from shared.small_models import SEQ2SEQ, find_small_model
+from shared.sources import (
     DATA,
     METRICS,
     check_length,

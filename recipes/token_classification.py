@@ -21,11 +21,10 @@ from itertools import chain
 from pathlib import Path
 
 import evaluate
-from arguments import DataArguments, MethodArguments, ModelArguments, parse_arguments
-from checkpoints import find_checkpoint
 from datasets import ClassLabel, Dataset, DatasetDict
-from methods import make_callbacks, make_trainable, watch_prompt
-from report import (
+from shared.arguments import DataArguments, MethodArguments, ModelArguments, parse_arguments
+from shared.methods import make_callbacks, make_trainable, watch_prompt
+from shared.report import (
     can_measure_first,
     describe,
     in_data_order,
@@ -36,7 +35,8 @@ from report import (
     write_card,
     write_predictions,
 )
-from sources import DATA, METRICS, check_columns, check_length, find_model, find_packaged_encoder, load_data
+from shared.resuming import find_checkpoint
+from shared.sources import DATA, METRICS, check_columns, check_length, find_model, find_packaged_encoder, load_data
 from transformers import (
     AutoConfig,
     AutoModelForTokenClassification,

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from checkpoints import last_whole_checkpoint
 from families import make_model
 from peft import PeftModel, get_peft_model
+from shared.resuming import last_whole_checkpoint
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from peft_ptuning_ext import PTuningConfig

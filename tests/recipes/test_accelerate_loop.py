@@ -7,12 +7,12 @@ from types import SimpleNamespace
 
 import accelerate_loop
 import pytest
-import report
 import torch
 import yaml
-from arguments import parse_arguments
 from peft import PeftModel
 from safetensors.torch import load_file
+from shared import report
+from shared.arguments import parse_arguments
 from tiny_recipes import RECIPES, as_words, read_rows, save_backbone, write_rows
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 

@@ -14,7 +14,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 
-FILE = Path(__file__).resolve().parents[2] / "recipes" / "benchmark.py"
+FILE = Path(__file__).resolve().parents[2] / "recipes" / "measure" / "benchmark.py"
 POSITION_IDS = "Position ids are not supported for parameter efficient tuning"
 
 

@@ -14,15 +14,14 @@ import causal_lm
 import evaluate
 import pytest
 import seq2seq
-import small_language
-import small_models
 import torch
 import yaml
-from arguments import DataArguments, MethodArguments, ModelArguments, parse_arguments
 from datasets import Dataset, DatasetDict
 from peft import PeftModel
 from safetensors.torch import load_file
-from small_models import Pretraining
+from shared import small_language, small_models
+from shared.arguments import DataArguments, MethodArguments, ModelArguments, parse_arguments
+from shared.small_models import Pretraining
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,

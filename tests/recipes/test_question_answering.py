@@ -12,9 +12,9 @@ import pytest
 import question_answering as recipe
 import torch
 import yaml
-from arguments import DataArguments, MethodArguments, ModelArguments, parse_arguments
 from peft import PeftModel
 from safetensors.torch import load_file
+from shared.arguments import DataArguments, MethodArguments, ModelArguments, parse_arguments
 from tiny_recipes import RECIPES, RUN, read_rows, save_backbone, train, write_rows
 from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenizer, TrainingArguments
 

@@ -15,14 +15,13 @@ from types import SimpleNamespace
 import classify
 import evaluate
 import pytest
-import report
-import sources
 import text_classification
 import torch
 import yaml
-from arguments import parse_arguments
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from safetensors.torch import load_file
+from shared import report, sources
+from shared.arguments import parse_arguments
 from tiny_recipes import RECIPES, as_words, read_rows, save_backbone, write_rows
 
 

@@ -10,10 +10,10 @@ import pytest
 import token_classification as recipe
 import torch
 import yaml
-from arguments import DataArguments, MethodArguments, ModelArguments, parse_arguments
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 from peft import PeftModel
 from safetensors.torch import load_file
+from shared.arguments import DataArguments, MethodArguments, ModelArguments, parse_arguments
 from tiny_recipes import RECIPES, RUN, read_rows, save_backbone, train, write_rows
 from transformers import AutoConfig, AutoModelForTokenClassification, AutoTokenizer, TrainingArguments
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 import train_resumable
-from checkpoints import last_whole_checkpoint
 from families import make_model
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
+from shared.resuming import last_whole_checkpoint
 from train_resumable import INTERRUPTED, RUNS, SAVE_STEPS, STEPS, make_data, make_trainer
 from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint

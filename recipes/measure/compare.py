@@ -1,10 +1,11 @@
 # SPDX-FileCopyrightText: 2026 The peft_ptuning_ext authors
 # SPDX-License-Identifier: Apache-2.0
-"""Trains every method on the same tasks, steps and batches, and writes a table and a plot of what each has learned.
+r"""Trains every method on the same tasks, steps and batches, and writes a table and a plot of what each has learned.
 
-    python recipes/compare.py --data_folder DATA --tasks sst2 banking77 wnut17 squad --output_dir outputs/compare
-    python recipes/compare.py --data_folder DATA --tasks e2e_nlg --model_name_or_path FOLDER --output_dir outputs/e2e
-    python recipes/compare.py --data_folder DATA --tasks sst2 banking77 --ablation --output_dir outputs/compare
+    python recipes/measure/compare.py --data_folder DATA --tasks sst2 banking77 wnut17 squad
+    python recipes/measure/compare.py --data_folder DATA --tasks sst2 banking77 --ablation
+    python recipes/measure/compare.py --data_folder DATA --tasks e2e_nlg --model_name_or_path FOLDER \
+        --output_dir outputs/compare_e2e_nlg
 
 DATA holds a folder for each task with its JSON lines: sst2/train.jsonl, sst2/test.jsonl and so on, with the columns
 that `TASKS` names. Without a folder, the data of the text classification recipe is compared on.
@@ -29,10 +30,10 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from matplotlib.figure import Figure
-from sources import DATA
 
 
-RECIPES = Path(__file__).resolve().parent
+RECIPES = Path(__file__).resolve().parents[1]
+DATA = RECIPES / "data"
 
 
 @dataclass(frozen=True)

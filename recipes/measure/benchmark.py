@@ -8,14 +8,14 @@ drift leaves alone. With no arguments: four shapes on a Llama of 6 layers and wi
 `outputs/benchmark`:
 
     pip install -e ".[recipes]"
-    python recipes/benchmark.py
+    python recipes/measure/benchmark.py
 
 The grid, chosen shapes, an encoder, a GPU:
 
-    python recipes/benchmark.py --batch_sizes 1 4 16 32 --text_lengths 32 128 512 --prompt_lengths 8 20 50 100
-    python recipes/benchmark.py --shapes 16,32,100 1,128,20 --methods ptuning peft_ptuning --measures train_step
-    python recipes/benchmark.py --architecture bert
-    python recipes/benchmark.py --model_size 1b --dtype bfloat16 --device cuda
+    python recipes/measure/benchmark.py --batch_sizes 1 4 16 32 --text_lengths 32 128 512 --prompt_lengths 8 20 50 100
+    python recipes/measure/benchmark.py --shapes 16,32,100 --methods ptuning peft_ptuning --measures train_step
+    python recipes/measure/benchmark.py --architecture bert
+    python recipes/measure/benchmark.py --model_size 1b --dtype bfloat16 --device cuda
 
 What is measured:
 

@@ -7,16 +7,17 @@ future, or listed. In the texts for pre-training a question about the future sta
 others also without one. To answer facts alone by that question is the task of the data in `recipes/data/stalls`. This
 writes those files anew:
 
-    python recipes/small_language.py
+    python recipes/shared/small_language.py
 """
 
 import json
 import random
 from collections.abc import Iterator
+from pathlib import Path
 
-from sources import DATA
 
-
+# Nothing of the recipes is imported: this file is also run by itself.
+DATA = Path(__file__).resolve().parents[1] / "data"
 WORDS = {
     "seller": "Mara Tomas Ines Oskar Lena Jonas Petra Hugo Nadia Emil Rosa Viktor Clara Anton Selma Bruno Greta Milo "
     "Agnes Felix",

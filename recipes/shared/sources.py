@@ -6,16 +6,18 @@ import hashlib
 import importlib.util
 from pathlib import Path
 
-from arguments import DataArguments
 from datasets import Dataset, DatasetDict, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from shared.arguments import DataArguments
 
-DATA = Path(__file__).resolve().parent / "data"
-METRICS = Path(__file__).resolve().parent / "metrics"
+
+RECIPES = Path(__file__).resolve().parents[1]
+DATA = RECIPES / "data"
+METRICS = RECIPES / "metrics"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 

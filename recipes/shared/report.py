@@ -9,14 +9,15 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-from arguments import DataArguments, MethodArguments
 from datasets import Dataset
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, upload_folder
 from matplotlib.figure import Figure
-from methods import count_parameters
 from peft import PeftModel
 from sklearn.metrics import ConfusionMatrixDisplay
 from transformers import PreTrainedModel, Trainer
+
+from shared.arguments import DataArguments, MethodArguments
+from shared.methods import count_parameters
 
 
 TASKS = {  # of PEFT: the Hub's name for it, and the class that loads it

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import small_language
 import torch
 from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -34,6 +33,8 @@ from transformers import (
     T5ForConditionalGeneration,
     get_linear_schedule_with_warmup,
 )
+
+from shared import small_language
 
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"

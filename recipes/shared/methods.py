@@ -5,11 +5,11 @@
 import warnings
 
 import torch
-from arguments import MethodArguments
 from peft import LoraConfig, PeftConfig, PeftModel, PromptEncoderConfig, get_peft_model
 from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from peft_ptuning_ext import PromptMonitor, PTuningConfig
+from shared.arguments import MethodArguments
 
 
 # PEFT 0.21 itself reads the old name while it wraps a model.
