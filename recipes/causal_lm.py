@@ -17,7 +17,6 @@ Other data, models and methods, from options or a file of them, and more than on
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 import evaluate
@@ -27,23 +26,14 @@ from accelerate.utils import gather_object
 from datasets import Dataset, DatasetDict
 from shared.arguments import DataArguments, MethodArguments, ModelArguments, parse_arguments
 from shared.methods import make_callbacks, make_trainable, watch_prompt
-from shared.report import can_measure_first, describe, make_command, push, save_run, write_card, write_predictions
+from shared.models import check_length, find_model, load_tokenizer
+from shared.report import Outcome, can_measure_first, finish, make_command
 from shared.resuming import find_checkpoint
 from shared.small_models import CAUSAL_LM, find_small_model
-from shared.sources import (
-    DATA,
-    METRICS,
-    check_length,
-    drop_long_rows,
-    find_model,
-    group_targets,
-    load_data,
-    take_text_columns,
-)
+from shared.sources import DATA, METRICS, drop_long_rows, group_targets, load_data, take_text_columns
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     DataCollatorForSeq2Seq,
     EvalPrediction,
     PreTrainedModel,
@@ -58,26 +48,24 @@ TRAINING_DEFAULTS = {
     "output_dir": "outputs/causal_lm",
     "num_train_epochs": 3,
     "learning_rate": 3e-2,
-    "warmup_steps": 0.1,  # below 1: a share of all steps
     "per_device_train_batch_size": 16,
     "per_device_eval_batch_size": 32,
     "metric_for_best_model": "loss",
-    "label_names": ["labels"],  # Trainer can't read them off the PeftModel's forward and would warn
 }
 STALLS = {split: DATA / "stalls" / f"{split}.jsonl" for split in ("train", "validation", "test")}
 
 
 @dataclass
 class TextArguments:
-    """Which columns of the data, what the model reads, and how much it writes."""
+    """The columns of the data, what the model reads, and how much it writes."""
 
-    prompt_column: str = field(default="input", metadata={"help": "Column of what the model is given."})
-    response_column: str = field(default="target", metadata={"help": "Column of what it should answer."})
+    prompt_column: str = field(default="input", metadata={"help": "Column of the texts that the model reads."})
+    response_column: str = field(default="target", metadata={"help": "Column of the answers that it should give."})
     template: str | None = field(
         default=None,
         metadata={
-            "help": "What the model reads, with {input} for the text. Default: the tokenizer's chat template if there "
-            "is one, else the text and a line break."
+            "help": "What the model reads, with {input} in place of the text. Default: the tokenizer's chat template; "
+            "without one, the text and a line break."
         },
     )
     max_length: int = field(
@@ -92,7 +80,7 @@ class TextArguments:
 def make_ids(
     tokenizer: PreTrainedTokenizerBase, template: str | None, text: str, response: str = ""
 ) -> tuple[list[int], list[int]]:
-    """Returns the tokens that the model is given, and those it should write, the end among them."""
+    """Returns the tokens that the model reads, and those that it should write, with the end token."""
     if template is None and tokenizer.chat_template:
         chat = [{"role": "user", "content": text}]
         given = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
@@ -112,7 +100,7 @@ def make_ids(
 
 
 def tokenize(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, args: TextArguments) -> DatasetDict:
-    """Adds "input_ids", text and answer in a row, and "labels", which are -100 for the text."""
+    """Adds "input_ids", which are the text and the answer, and "labels", which are -100 for the text."""
 
     def add_ids(row: dict) -> dict:
         given, answer = make_ids(tokenizer, args.template, row["input"], row["target"])
@@ -125,9 +113,7 @@ def tokenize(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, args: TextAr
 def load_model(name: str, args: TextArguments, method: MethodArguments):
     """Returns the frozen model with what the method trains, and its tokenizer."""
     config = AutoConfig.from_pretrained(name)
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer = load_tokenizer(name, config)
     longest, options = args.max_length + args.max_new_tokens, "`--max_length` and `--max_new_tokens`, together"
     check_length(method.num_virtual_tokens, longest, config, tokenizer, options)
     model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=getattr(torch, args.dtype))
@@ -135,14 +121,14 @@ def load_model(name: str, args: TextArguments, method: MethodArguments):
 
 
 def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Returns the loss of every token but the first, 0 where there is no label: (B, S-1)."""
+    """Returns the loss of every token except the first, and 0 where there is no label: (B, S-1)."""
     logits = logits[0] if isinstance(logits, tuple) else logits
-    logits = logits[:, -labels.shape[1] : -1].float()  # stock P-tuning returns those of the prompt, too
+    logits = logits[:, -labels.shape[1] : -1].float()  # stock P-tuning returns the logits of the prompt, too
     return torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels[:, 1:], reduction="none")
 
 
 def compute_perplexity(output: EvalPrediction) -> dict[str, float]:
-    """The perplexity of the answers: each token counts the same."""
+    """Returns the perplexity of the answers, in which each token counts the same."""
     losses = output.predictions[output.label_ids[:, 1:] != -100]
     return {"perplexity": float(np.exp(losses.astype(np.float64).mean()))}
 
@@ -158,7 +144,8 @@ def generate_texts(
     """Returns the greedy answer to each row of token ids."""
     model.eval()
     texts = [""] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # little padding, the largest batch first
+    # Texts of similar length share a batch, and the largest batch comes first: too large a batch fails at once.
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         batch = {"input_ids": [prompts[i] for i in rows]}
@@ -178,13 +165,14 @@ def generate_texts(
 
 
 def generate_shares(trainer: Trainer, prompts: list[list[int]], max_new_tokens: int) -> list[str]:
-    """Has every process generate its share of the answers; all of them get all."""
+    """Lets every process generate a share of the answers, and returns all of them in every process."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     numbered = list(enumerate(prompts))
     with trainer.accelerator.split_between_processes(numbered, apply_padding=True) as share:
         batch_size = trainer.args.per_device_eval_batch_size
         own = generate_texts(model, trainer.processing_class, [ids for _, ids in share], batch_size, max_new_tokens)
-        texts = dict(gather_object([(number, text) for (number, _), text in zip(share, own)]))  # padding: twice
+        # Padding makes the shares equally long: some numbers come twice, with the same text.
+        texts = dict(gather_object([(number, text) for (number, _), text in zip(share, own)]))
     return [texts[number] for number in range(len(prompts))]
 
 
@@ -197,7 +185,7 @@ def main(argv: list[str] | None = None) -> None:
     data = take_text_columns(data, {text_args.prompt_column: "input", text_args.response_column: "target"})
     name = find_model(model_args.model_name_or_path or find_small_model(CAUSAL_LM))
     checkpoint = find_checkpoint(args)
-    set_seed(args.seed)  # before the prompt is made
+    set_seed(args.seed)  # decides where the prompt starts
     model, tokenizer = load_model(name, text_args, method)
     tokens = tokenize(data, tokenizer, text_args)
 
@@ -228,20 +216,23 @@ def main(argv: list[str] | None = None) -> None:
     trainer.train(resume_from_checkpoint=checkpoint)
     after, texts = measure()
 
-    results = save_run(trainer, before, after)
-    if trainer.is_world_process_zero():
-        folder = Path(args.output_dir)
-        rows = zip(references.items(), texts, strict=True)
-        write_predictions(
-            folder,
-            ({"input": text, "prediction": answer, "references": targets} for (text, targets), answer in rows),
-        )
-        command = make_command(__file__, argv)
-        write_card(folder, model, results, "CAUSAL_LM", data_args, method, command, trainer.hub_model_id)
-        if args.push_to_hub:
-            push(folder, trainer.hub_model_id, args.hub_token, args.hub_revision)
-        print(describe(results, "bleu", is_share=False))
-        print(f"written to {folder}")
+    finish(
+        trainer,
+        Outcome(
+            task="text-generation",
+            metric="bleu",
+            before=before,
+            after=after,
+            predictions=[
+                {"input": text, "prediction": answer, "references": targets}
+                for (text, targets), answer in zip(references.items(), texts, strict=True)
+            ],
+            command=make_command(__file__, argv),
+            data=data_args,
+            method=method,
+            is_share=False,
+        ),
+    )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import torch
 from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-import peft_ptuning_ext  # noqa: F401  makes the adapter's method known to PEFT
+import peft_ptuning_ext  # noqa: F401  the import tells PEFT what a PTUNING adapter is
 
 
 # PEFT 0.21 itself reads the old name while it wraps a model.
@@ -30,18 +30,20 @@ SENTENCES = [
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("adapter", help="Folder of the adapter.")
-    parser.add_argument("sentences", nargs="*", help="Without any, a few built-in ones are labelled.")
-    parser.add_argument("--model_name_or_path", help="The backbone, if it has moved since the adapter was saved.")
+    parser.add_argument("sentences", nargs="*", help="Default: a few sentences of this file.")
+    parser.add_argument(
+        "--model_name_or_path", help="Folder or Hub id of the backbone, if it has changed since training."
+    )
     args = parser.parse_args(argv)
     sentences = args.sentences or SENTENCES
 
-    # The recipe keeps the model's config beside the adapter: it has the number and the names of the labels.
+    # The recipe saves the model's config beside the adapter, with the number and the names of the labels.
     config = AutoConfig.from_pretrained(args.adapter)
     tokenizer = AutoTokenizer.from_pretrained(args.adapter)
     backbone = args.model_name_or_path or PeftConfig.from_pretrained(args.adapter).base_model_name_or_path
     model = AutoModelForSequenceClassification.from_pretrained(backbone, config=config)
     model = PeftModel.from_pretrained(model, args.adapter).eval()
-    print("If the report above calls the head's weights MISSING: the backbone has none, they came with the adapter.")
+    print("If the report above calls the head's weights MISSING: the backbone has none, the head is in the adapter.")
 
     with torch.inference_mode():
         logits = model(**tokenizer(sentences, truncation=True, padding=True, return_tensors="pt")).logits  # (B, N)

@@ -16,34 +16,24 @@ Other data, models and methods, from options or a file of them, and more than on
     python recipes/question_answering.py recipes/configs/question_answering.yaml --seed 1
     accelerate launch --config_file recipes/accelerate/ddp.yaml recipes/question_answering.py
 
-`--method peft_ptuning` is stock PEFT as it is: its logits begin with those of the prompt, so that the head learns to
-point as many places before the answer as there are virtual tokens.
+`--method peft_ptuning` is stock PEFT unchanged: its logits begin with those of the prompt. The head then learns to
+point to a place before the answer, as many tokens before as the prompt is long.
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import evaluate
 import numpy as np
 from datasets import Dataset, DatasetDict
 from shared.arguments import DataArguments, MethodArguments, ModelArguments, parse_arguments
 from shared.methods import make_callbacks, make_trainable, watch_prompt
-from shared.report import (
-    can_measure_first,
-    describe,
-    in_data_order,
-    make_command,
-    push,
-    save_run,
-    write_card,
-    write_predictions,
-)
+from shared.models import cut_texts, find_model, find_packaged_encoder, load_tokenizer, load_with_head
+from shared.report import Outcome, can_measure_first, finish, in_data_order, make_command
 from shared.resuming import find_checkpoint
-from shared.sources import DATA, METRICS, check_columns, check_length, find_model, find_packaged_encoder, load_data
+from shared.sources import DATA, METRICS, check_columns, load_data
 from transformers import (
     AutoConfig,
     AutoModelForQuestionAnswering,
-    AutoTokenizer,
     DataCollatorWithPadding,
     EvalPrediction,
     PreTrainedTokenizerBase,
@@ -57,11 +47,10 @@ TRAINING_DEFAULTS = {
     "output_dir": "outputs/question_answering",
     "num_train_epochs": 8,
     "learning_rate": 3e-2,
-    "warmup_steps": 0.1,  # below 1: a share of all steps
     "per_device_train_batch_size": 16,
     "per_device_eval_batch_size": 64,
     "metric_for_best_model": "f1",
-    "label_names": ["start_positions", "end_positions"],  # Trainer can't read them off the PeftModel's forward
+    "label_names": ["start_positions", "end_positions"],
 }
 NOTICES = {"train": DATA / "notices" / "train.jsonl", "validation": DATA / "notices" / "test.jsonl"}
 COLUMNS = {"id": str, "context": str, "question": str, "answers": dict}
@@ -69,16 +58,18 @@ COLUMNS = {"id": str, "context": str, "question": str, "answers": dict}
 
 @dataclass
 class SpanArguments:
-    """How a long text is cut into windows, and which spans of it may be answers."""
+    """The windows into which a long text is cut, and the spans that may be answers."""
 
-    max_length: int = field(default=384, metadata={"help": "Tokens of a window: the question and a part of the text."})
+    max_length: int = field(
+        default=384, metadata={"help": "Tokens of a window, which holds the question and a part of the text."}
+    )
     doc_stride: int = field(default=128, metadata={"help": "Tokens of the text that neighbouring windows share."})
-    max_answer_length: int = field(default=30, metadata={"help": "Longer answers, in tokens, are not predicted."})
-    n_best: int = field(default=20, metadata={"help": "Starts and ends per window that are tried with each other."})
+    max_answer_length: int = field(default=30, metadata={"help": "No longer answers are predicted, in tokens."})
+    n_best: int = field(default=20, metadata={"help": "Best starts and best ends of a window that are combined."})
 
 
 def check_answers(data: DatasetDict) -> DatasetDict:
-    """Checks the columns of SQuAD and keeps no other; a question without an answer has two empty lists."""
+    """Checks the columns of SQuAD and drops all others. A question without an answer has two empty lists."""
     check_columns(data, COLUMNS)
     for split, dataset in data.items():
         for row in dataset:
@@ -101,33 +92,26 @@ def check_answers(data: DatasetDict) -> DatasetDict:
 def load_model(name: str, max_length: int, method: MethodArguments):
     """Returns the frozen backbone with what the method trains and a head, and its tokenizer."""
     config = AutoConfig.from_pretrained(name, num_labels=2)  # start and end
-    tokenizer = AutoTokenizer.from_pretrained(name, padding_side="right")  # positions count from the left
-    if tokenizer.pad_token is None:  # decoders often have none
-        tokenizer.pad_token = tokenizer.eos_token
-    if config.pad_token_id is None:
-        config.pad_token_id = tokenizer.pad_token_id
-    check_length(method.num_virtual_tokens, max_length, config, tokenizer)
-    tokenizer.model_max_length = max_length
-    print(
-        "The backbone has no head for this task yet, so the report that follows may call the head's weights MISSING."
-    )
-    model = AutoModelForQuestionAnswering.from_pretrained(name, config=config)
+    tokenizer = load_tokenizer(name, config, padding_side="right")  # the labels are positions counted from the left
+    cut_texts(tokenizer, max_length, method.num_virtual_tokens, config)
+    model = load_with_head(AutoModelForQuestionAnswering, name, config)
     return make_trainable(model, method, "QUESTION_ANS", tokenizer), tokenizer
 
 
 def make_windows(rows: dict, indices: list[int], tokenizer: PreTrainedTokenizerBase, stride: int) -> dict:
     """Cuts texts into windows, each with its question, and marks where the answer is.
 
-    Where a window does not hold the whole (first) answer, both positions are that of [CLS], or 0. "offsets" are the
-    characters of each token of the text, [0, 0] for other tokens; "row" is the row that the window is from.
+    The labels are the positions of the first answer. In a window that does not hold all of that answer, both labels
+    are the position of [CLS], or 0 without a [CLS]. "offsets" are the characters of each token of the text, [0, 0] for
+    other tokens. "row" is the number of the row that was cut.
     """
     questions = [question.strip() for question in rows["question"]]
     room = tokenizer.model_max_length - tokenizer.num_special_tokens_to_add(pair=True) - stride
     for id, tokens in zip(rows["id"], tokenizer(questions, add_special_tokens=False).input_ids):
         if len(tokens) >= room:
             raise ValueError(
-                f"Question {id!r} has {len(tokens)} tokens, with `--doc_stride` {stride} leaves no room for the text "
-                f"in `--max_length` {tokenizer.model_max_length}."
+                f"Question {id!r} has {len(tokens)} tokens, and with `--doc_stride` {stride} leaves no room for the "
+                f"text in `--max_length` {tokenizer.model_max_length}."
             )
     windows = tokenizer(
         questions, rows["context"], truncation="only_second", stride=stride, return_overflowing_tokens=True
@@ -145,7 +129,7 @@ def make_windows(rows: dict, indices: list[int], tokenizer: PreTrainedTokenizerB
 
 
 def find_span(offsets: np.ndarray, answers: dict) -> tuple[int, int] | None:
-    """The first and last token of the first answer, if there is one and it is in the window."""
+    """Returns the first and last token of the first answer, or None if the window does not hold all of an answer."""
     inside = np.flatnonzero(offsets[:, 1])
     if not answers["text"] or len(inside) == 0:
         return None
@@ -160,10 +144,10 @@ def find_span(offsets: np.ndarray, answers: dict) -> tuple[int, int] | None:
 def read_answers(
     trainer: Trainer, output: EvalPrediction, windows: Dataset, contexts: list[str], spans: SpanArguments
 ) -> list[tuple[str, float]]:
-    """The best span of each text over its windows, and by how much its score is above that of no answer."""
+    """Returns the best span of each text, over all windows, and its score minus the score of "no answer"."""
     starts, ends = (in_data_order(trainer, windows, logits) for logits in output.predictions)  # (windows, S)
     best = [("", -np.inf)] * len(contexts)
-    nothing = [np.inf] * len(contexts)  # the score of [CLS] in the window that has the strongest case against it
+    nothing = [np.inf] * len(contexts)  # the score of "no answer": the lowest score of [CLS] over the windows
     columns = (windows[name] for name in ("row", "offsets", "null"))
     for row, offsets, null, start, end in zip(*columns, starts, ends, strict=True):
         offsets = np.array(offsets)
@@ -185,7 +169,7 @@ def main(argv: list[str] | None = None) -> None:
     dataclasses = [ModelArguments, DataArguments, SpanArguments, MethodArguments, TrainingArguments]
     model_args, data_args, spans, method, args = parse_arguments(dataclasses, TRAINING_DEFAULTS, argv)
     checkpoint = find_checkpoint(args)
-    set_seed(args.seed)  # before the head and the prompt are made
+    set_seed(args.seed)  # decides where head and prompt start
 
     name = find_model(model_args.model_name_or_path or find_packaged_encoder())
     data = check_answers(load_data(data_args, NOTICES))
@@ -206,7 +190,7 @@ def main(argv: list[str] | None = None) -> None:
         return [text if score >= 0 or not may_be_empty else "" for text, score in answers]
 
     def score(split: str):
-        """Trainer hands over logits only, so that each split needs a function that knows its texts."""
+        """Returns `compute_metrics` of a split. Trainer passes logits only, and each split has texts of its own."""
         references = [answers["text"] for answers in data[split]["answers"]]
         return lambda output: metric.compute(predictions=predict(split, output), references=references)
 
@@ -230,22 +214,22 @@ def main(argv: list[str] | None = None) -> None:
     trainer.compute_metrics = score(measured)
     output = trainer.predict(windows[measured], metric_key_prefix="eval")
 
-    results = save_run(trainer, before, output.metrics)
-    if trainer.is_world_process_zero():
-        folder = Path(args.output_dir)
-        write_predictions(
-            folder,
-            (
+    finish(
+        trainer,
+        Outcome(
+            task="question-answering",
+            metric="f1",
+            before=before,
+            after=output.metrics,
+            predictions=[
                 {"id": row["id"], "question": row["question"], "prediction": text, "answers": row["answers"]["text"]}
                 for row, text in zip(data[measured], predict(measured, output), strict=True)
-            ),
-        )
-        command = make_command(__file__, argv)
-        write_card(folder, model, results, "QUESTION_ANS", data_args, method, command, trainer.hub_model_id)
-        if args.push_to_hub:
-            push(folder, trainer.hub_model_id, args.hub_token, args.hub_revision)
-        print(describe(results, "f1"))
-        print(f"written to {folder}")
+            ],
+            command=make_command(__file__, argv),
+            data=data_args,
+            method=method,
+        ),
+    )
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ Other data, models and methods, from options or a file of them, and more than on
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 import evaluate
@@ -26,23 +25,14 @@ import torch
 from datasets import Dataset, DatasetDict, concatenate_datasets
 from shared.arguments import DataArguments, MethodArguments, ModelArguments, parse_arguments
 from shared.methods import make_callbacks, make_trainable, watch_prompt
-from shared.report import can_measure_first, describe, make_command, push, save_run, write_card, write_predictions
+from shared.models import check_length, find_model, load_tokenizer
+from shared.report import Outcome, can_measure_first, finish, make_command
 from shared.resuming import find_checkpoint
 from shared.small_models import SEQ2SEQ, find_small_model
-from shared.sources import (
-    DATA,
-    METRICS,
-    check_length,
-    drop_long_rows,
-    find_model,
-    group_targets,
-    load_data,
-    take_text_columns,
-)
+from shared.sources import DATA, METRICS, drop_long_rows, group_targets, load_data, take_text_columns
 from transformers import (
     AutoConfig,
     AutoModelForSeq2SeqLM,
-    AutoTokenizer,
     DataCollatorForSeq2Seq,
     EvalPrediction,
     PreTrainedTokenizerBase,
@@ -56,28 +46,27 @@ TRAINING_DEFAULTS = {
     "output_dir": "outputs/seq2seq",
     "num_train_epochs": 3,
     "learning_rate": 3e-2,
-    "warmup_steps": 0.1,  # below 1: a share of all steps
     "per_device_train_batch_size": 16,
     "per_device_eval_batch_size": 32,
     "predict_with_generate": True,
     "metric_for_best_model": "bleu",
-    "label_names": ["labels"],  # Trainer can't read them off the PeftModel's forward and would warn
 }
 STALLS = {split: DATA / "stalls" / f"{split}.jsonl" for split in ("train", "validation", "test")}
 
 
 @dataclass
 class TextArguments:
-    """Which columns of the data, what the model reads, and how much it writes."""
+    """The columns of the data, what the model reads, and how much it writes."""
 
-    source_column: str = field(default="input", metadata={"help": "Column of what the model is given."})
-    target_column: str = field(default="target", metadata={"help": "Column of what it should write."})
-    source_prefix: str = field(default="", metadata={"help": "Put in front of every text that the model is given."})
+    source_column: str = field(default="input", metadata={"help": "Column of the texts that the model reads."})
+    target_column: str = field(default="target", metadata={"help": "Column of the texts that it should write."})
+    source_prefix: str = field(default="", metadata={"help": "Put in front of every text that the model reads."})
     max_source_length: int = field(
         default=96, metadata={"help": "Rows with more tokens in the source are left out, never cut."}
     )
     max_target_length: int = field(
-        default=48, metadata={"help": "Rows with more tokens in the target are left out; generated texts stop there."}
+        default=48,
+        metadata={"help": "Rows with more tokens in the target are left out. Generated texts end at this length."},
     )
     dtype: Literal["float32", "bfloat16", "float16"] = field(
         default="float32", metadata={"help": "Number format of the frozen weights."}
@@ -97,7 +86,7 @@ def tokenize(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, args: TextAr
 
 
 def one_row_per_input(rows: Dataset) -> Dataset:
-    """Returns the first row of each input: its text is generated once, however many references it has."""
+    """Returns the first row of each input. An input with several references is then generated for once."""
     first = {text: i for i, text in reversed(list(enumerate(rows["input"])))}
     return rows.select(sorted(first.values()))
 
@@ -105,9 +94,9 @@ def one_row_per_input(rows: Dataset) -> Dataset:
 def load_model(name: str, args: TextArguments, method: MethodArguments):
     """Returns the frozen model with what the method trains, and its tokenizer."""
     config = AutoConfig.from_pretrained(name)
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    tokenizer = load_tokenizer(name, config)
     check_length(method.num_virtual_tokens, args.max_source_length, config, tokenizer, "`--max_source_length`")
-    check_length(0, args.max_target_length, config, tokenizer, "`--max_target_length`")  # the prompt is in the encoder
+    check_length(0, args.max_target_length, config, tokenizer, "`--max_target_length`")  # the decoder has no prompt
     model = AutoModelForSeq2SeqLM.from_pretrained(name, config=config, dtype=getattr(torch, args.dtype))
     return make_trainable(model, method, "SEQ_2_SEQ_LM", tokenizer), tokenizer
 
@@ -115,14 +104,14 @@ def load_model(name: str, args: TextArguments, method: MethodArguments):
 def main(argv: list[str] | None = None) -> None:
     dataclasses = [ModelArguments, DataArguments, TextArguments, MethodArguments, Seq2SeqTrainingArguments]
     model_args, data_args, text_args, method, args = parse_arguments(dataclasses, TRAINING_DEFAULTS, argv)
-    args.include_for_metrics = ["inputs"]  # the references are found by them
+    args.include_for_metrics = ["inputs"]  # compute_metrics finds the references by the inputs
     if args.generation_max_length is None:
-        args.generation_max_length = text_args.max_target_length + 1  # the token that the decoder starts from
+        args.generation_max_length = text_args.max_target_length + 1  # with the token that the decoder starts from
     data = load_data(data_args, STALLS)
     data = take_text_columns(data, {text_args.source_column: "input", text_args.target_column: "target"})
     name = find_model(model_args.model_name_or_path or find_small_model(SEQ2SEQ))
     checkpoint = find_checkpoint(args)
-    set_seed(args.seed)  # before the prompt is made
+    set_seed(args.seed)  # decides where the prompt starts
     model, tokenizer = load_model(name, text_args, method)
     tokens = tokenize(data, tokenizer, text_args)
 
@@ -134,13 +123,13 @@ def main(argv: list[str] | None = None) -> None:
 
     text_of = {key(row["input_ids"]): row["input"] for rows in held_out.values() for row in rows}
     metric = evaluate.load(str(METRICS / "bleu_rouge"), keep_in_memory=True)
-    generated = {}  # input: text, of the last evaluation
+    generated = {}  # the text for each input, of the last evaluation
 
     def compute_metrics(output: EvalPrediction) -> dict[str, float]:
         generated.clear()
         ids = np.where(output.predictions < 0, tokenizer.pad_token_id, output.predictions)
         texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-        for source, text in zip(output.inputs.tolist(), texts, strict=True):  # several processes: some come twice
+        for source, text in zip(output.inputs.tolist(), texts, strict=True):  # with several processes, some come twice
             generated[text_of[key(source)]] = text.strip()
         targets = [references[source] for source in generated]
         return metric.compute(predictions=list(generated.values()), references=targets)
@@ -163,22 +152,23 @@ def main(argv: list[str] | None = None) -> None:
     trainer.train(resume_from_checkpoint=checkpoint)
     after = trainer.predict(held_out[measured], metric_key_prefix="eval").metrics
 
-    results = save_run(trainer, before, after)
-    if trainer.is_world_process_zero():
-        folder = Path(args.output_dir)
-        write_predictions(
-            folder,
-            (
+    finish(
+        trainer,
+        Outcome(
+            task="text2text-generation",
+            metric="bleu",
+            before=before,
+            after=after,
+            predictions=[
                 {"input": text, "prediction": generated[text], "references": references[text]}
                 for text in held_out[measured]["input"]
-            ),
-        )
-        command = make_command(__file__, argv)
-        write_card(folder, model, results, "SEQ_2_SEQ_LM", data_args, method, command, trainer.hub_model_id)
-        if args.push_to_hub:
-            push(folder, trainer.hub_model_id, args.hub_token, args.hub_revision)
-        print(describe(results, "bleu", is_share=False))
-        print(f"written to {folder}")
+            ],
+            command=make_command(__file__, argv),
+            data=data_args,
+            method=method,
+            is_share=False,
+        ),
+    )
 
 
 if __name__ == "__main__":

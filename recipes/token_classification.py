@@ -18,29 +18,18 @@ Other data, models and methods, from options or a file of them, and more than on
 
 from dataclasses import dataclass, field
 from itertools import chain
-from pathlib import Path
 
 import evaluate
 from datasets import ClassLabel, Dataset, DatasetDict
 from shared.arguments import DataArguments, MethodArguments, ModelArguments, parse_arguments
 from shared.methods import make_callbacks, make_trainable, watch_prompt
-from shared.report import (
-    can_measure_first,
-    describe,
-    in_data_order,
-    make_command,
-    plot_confusion,
-    push,
-    save_run,
-    write_card,
-    write_predictions,
-)
+from shared.models import cut_texts, find_model, find_packaged_encoder, load_tokenizer, load_with_head
+from shared.report import Outcome, can_measure_first, finish, in_data_order, make_command
 from shared.resuming import find_checkpoint
-from shared.sources import DATA, METRICS, check_columns, check_length, find_model, find_packaged_encoder, load_data
+from shared.sources import DATA, METRICS, check_columns, load_data
 from transformers import (
     AutoConfig,
     AutoModelForTokenClassification,
-    AutoTokenizer,
     DataCollatorForTokenClassification,
     EvalPrediction,
     PreTrainedTokenizerBase,
@@ -54,32 +43,35 @@ TRAINING_DEFAULTS = {
     "output_dir": "outputs/token_classification",
     "num_train_epochs": 8,
     "learning_rate": 3e-2,
-    "warmup_steps": 0.1,  # below 1: a share of all steps
     "per_device_train_batch_size": 16,
     "per_device_eval_batch_size": 64,
     "metric_for_best_model": "f1",
-    "label_names": ["labels"],  # Trainer can't read them off the PeftModel's forward and would warn
 }
 JOURNEYS = {"train": DATA / "journeys" / "train.jsonl", "validation": DATA / "journeys" / "test.jsonl"}
 
 
 @dataclass
 class ColumnArguments:
-    """Which columns of the data, and how much of a text."""
+    """The columns of the data, and the length of a text."""
 
     tokens_column: str = field(
         default="tokens", metadata={"help": "Column that holds the words of a text, as a list."}
     )
     tags_column: str = field(
-        default="ner_tags", metadata={"help": "Column that holds their BIO tags: words, or numbers that have names."}
+        default="ner_tags",
+        metadata={"help": "Column that holds the BIO tags of the words: texts, or numbers with names."},
     )
     max_length: int = field(
-        default=128, metadata={"help": "Longer texts are cut to this many tokens; entities behind count as missed."}
+        default=128,
+        metadata={"help": "Longer texts are cut to this many tokens. Entities behind the cut count as missed."},
     )
 
 
 def number_tags(data: DatasetDict, tokens_column: str, tags_column: str) -> tuple[DatasetDict, list[str]]:
-    """Checks the two columns and keeps them as "tokens" and "tags"; tags become 0 … N-1, their names are returned."""
+    """Checks the two columns and renames them to "tokens" and "tags". Tags become 0 … N-1.
+
+    Returns the data, and the names of the tags.
+    """
     check_columns(data, {tokens_column: list, tags_column: list})
     feature = data["train"].features[tags_column].feature
     is_numbered = isinstance(feature, ClassLabel)
@@ -91,7 +83,7 @@ def number_tags(data: DatasetDict, tokens_column: str, tags_column: str) -> tupl
                 raise ValueError(f"{where} has no words in column {tokens_column!r}: {words}.")
             if len(words) != len(row):
                 raise ValueError(f"{where} has {len(words)} {tokens_column!r} and {len(row)} {tags_column!r}.")
-            if None in row or (is_numbered and -1 in row):  # -1: the unlabelled test splits of the Hub
+            if None in row or (is_numbered and -1 in row):  # the Hub marks unlabelled test splits with -1
                 raise ValueError(f"{where} has words without a tag in column {tags_column!r}.")
             if is_numbered:
                 tags[split][i - 1] = row = feature.int2str(row)
@@ -126,22 +118,17 @@ def load_model(name: str, labels: list[str], max_length: int, method: MethodArgu
         id2label=dict(enumerate(labels)),
         label2id={label: i for i, label in enumerate(labels)},
     )
-    tokenizer = AutoTokenizer.from_pretrained(name, add_prefix_space=True)  # byte-level ones: a space before each word
-    if tokenizer.pad_token is None:  # decoders often have none
-        tokenizer.pad_token = tokenizer.eos_token
-    if config.pad_token_id is None:
-        config.pad_token_id = tokenizer.pad_token_id
-    check_length(method.num_virtual_tokens, max_length, config, tokenizer)
-    tokenizer.model_max_length = max_length
-    print(
-        "The backbone has no head for this task yet, so the report that follows may call the head's weights MISSING."
-    )
-    model = AutoModelForTokenClassification.from_pretrained(name, config=config)
+    tokenizer = load_tokenizer(name, config, add_prefix_space=True)  # byte-level tokenizers need it for words
+    cut_texts(tokenizer, max_length, method.num_virtual_tokens, config)
+    model = load_with_head(AutoModelForTokenClassification, name, config)
     return make_trainable(model, method, "TOKEN_CLS", tokenizer), tokenizer
 
 
 def tokenize(rows: dict, tokenizer: PreTrainedTokenizerBase) -> dict:
-    """Tokens with the tag of each word at its first: "tagged" are these words, "cut" how many are behind the last."""
+    """Turns words into tokens. The first token of a word has the word's tag as its label, all other tokens have -100.
+
+    "tagged" lists the words that have a label, "cut" counts the words behind `--max_length`.
+    """
     tokens = tokenizer(rows["tokens"], is_split_into_words=True, truncation=True)
     columns = {"labels": [], "tagged": [], "cut": []}
     for encoding, tags in zip(tokens.encodings, rows["tags"]):
@@ -154,7 +141,7 @@ def tokenize(rows: dict, tokenizer: PreTrainedTokenizerBase) -> dict:
 
 
 def read_tags(trainer: Trainer, output: EvalPrediction, tokens: Dataset) -> list[list[int]]:
-    """The predicted tag of every word; a word that was cut, or that the tokenizer drops, counts as O."""
+    """Returns the predicted tag of every word. A word that was cut, or that the tokenizer drops, counts as O."""
     outside = trainer.model.config.label2id["O"]
     predictions, labels = (in_data_order(trainer, tokens, rows) for rows in (output.predictions, output.label_ids))
     tags = [[outside] * len(row) for row in tokens["tags"]]
@@ -168,7 +155,7 @@ def main(argv: list[str] | None = None) -> None:
     dataclasses = [ModelArguments, DataArguments, ColumnArguments, MethodArguments, TrainingArguments]
     model_args, data_args, columns, method, args = parse_arguments(dataclasses, TRAINING_DEFAULTS, argv)
     checkpoint = find_checkpoint(args)
-    set_seed(args.seed)  # before the head and the prompt are made
+    set_seed(args.seed)  # decides where head and prompt start
 
     name = find_model(model_args.model_name_or_path or find_packaged_encoder())
     data = load_data(data_args, JOURNEYS)
@@ -186,7 +173,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{cut} of the {words} words of the {measured} data are beyond `--max_length` and will count as O.")
 
     def score(split: str):
-        """Trainer hands over logits and labels, the words that were cut are in neither."""
+        """Returns `compute_metrics` of a split. Trainer passes logits and labels, which lack the words cut off."""
         names = [[labels[tag] for tag in row] for row in tokens[split]["tags"]]
         return lambda output: metric.compute(
             predictions=[[labels[tag] for tag in row] for row in read_tags(trainer, output, tokens[split])],
@@ -212,24 +199,24 @@ def main(argv: list[str] | None = None) -> None:
     trainer.compute_metrics = score(measured)
     output = trainer.predict(tokens[measured], metric_key_prefix="eval")
 
-    results = save_run(trainer, before, output.metrics)
-    if trainer.is_world_process_zero():
-        folder = Path(args.output_dir)
-        truth, predicted = tokens[measured]["tags"][:], read_tags(trainer, output, tokens[measured])
-        write_predictions(
-            folder,
-            (
+    truth, predicted = tokens[measured]["tags"][:], read_tags(trainer, output, tokens[measured])
+    finish(
+        trainer,
+        Outcome(
+            task="token-classification",
+            metric="f1",
+            before=before,
+            after=output.metrics,
+            predictions=[
                 {"tokens": words, "tags": [labels[tag] for tag in tags], "prediction": [labels[tag] for tag in guess]}
                 for words, tags, guess in zip(data[measured]["tokens"], truth, predicted, strict=True)
-            ),
-        )
-        plot_confusion([*chain(*truth)], [*chain(*predicted)], labels, folder)
-        command = make_command(__file__, argv)
-        write_card(folder, model, results, "TOKEN_CLS", data_args, method, command, trainer.hub_model_id)
-        if args.push_to_hub:
-            push(folder, trainer.hub_model_id, args.hub_token, args.hub_revision)
-        print(describe(results, "f1"))
-        print(f"written to {folder}")
+            ],
+            command=make_command(__file__, argv),
+            data=data_args,
+            method=method,
+            confusion=([*chain(*truth)], [*chain(*predicted)], labels),
+        ),
+    )
 
 
 if __name__ == "__main__":

@@ -29,6 +29,21 @@ RUN = {
 }
 
 
+PLOTS = {"loss_curve.png", "metric_curves.png"}
+FILES = {
+    "README.md",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "config.json",
+    "metrics.json",
+    "predictions.jsonl",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "training_args.bin",
+    *PLOTS,
+}
+
+
 def read_rows(path: Path | str) -> list[dict]:
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
@@ -64,8 +79,30 @@ def as_words(arguments: dict) -> list[str]:
     return [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
 
 
+def run(recipe: ModuleType, arguments: dict) -> None:
+    recipe.main(as_words(arguments))
+
+
+def read_metrics(folder: Path) -> dict:
+    return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+
+
+def losses(metrics: dict) -> list[float]:
+    """The training losses that were logged."""
+    return [entry["loss"] for entry in metrics["history"] if "loss" in entry]
+
+
+def outcome(folder: Path) -> tuple:
+    """What a run writes, without the prompt's way since the process began, which is another one after resuming."""
+    metrics = read_metrics(folder)
+    for entry in metrics["history"]:
+        entry.pop("prompt_shift", None)
+    files = ("predictions.jsonl", "adapter_model.safetensors")
+    return metrics, *((folder / name).read_bytes() for name in files)
+
+
 def train(recipe: ModuleType, arguments: dict, output: Path) -> SimpleNamespace:
-    """Runs a recipe; returns its folder, its model, copies of the parameters before, metrics and predictions."""
+    """Runs a recipe. Returns folder, model, parameters before, names of those that moved, metrics and predictions."""
     seen = {}
     load_model = recipe.load_model
 
@@ -76,6 +113,8 @@ def train(recipe: ModuleType, arguments: dict, output: Path) -> SimpleNamespace:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recipe, "load_model", load_and_remember)
-        recipe.main(as_words({**arguments, "output_dir": output}))
-    metrics = json.loads((output / "metrics.json").read_text())
-    return SimpleNamespace(output=output, metrics=metrics, rows=read_rows(output / "predictions.jsonl"), **seen)
+        run(recipe, {**arguments, "output_dir": output})
+    before = seen["before"]
+    moved = {name for name, p in seen["model"].named_parameters() if not torch.equal(p.detach(), before[name])}
+    rows = read_rows(output / "predictions.jsonl")
+    return SimpleNamespace(output=output, metrics=read_metrics(output), rows=rows, moved=moved, **seen)

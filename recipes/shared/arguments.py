@@ -13,73 +13,81 @@ import yaml
 from transformers import HfArgumentParser
 
 
-# Where every recipe differs from the defaults of TrainingArguments.
+# What the recipes change in the defaults of TrainingArguments.
 SHARED_DEFAULTS = {
+    "warmup_steps": 0.1,  # a number below 1 is a share of all steps
+    "label_names": ["labels"],  # Trainer can't read the names from the forward of a PeftModel, and would warn
     "eval_strategy": "epoch",
     "save_strategy": "epoch",
     "save_total_limit": 2,
     "logging_steps": 10,
-    "dataloader_pin_memory": torch.cuda.is_available(),  # torch warns where there is nothing to pin for
+    "dataloader_pin_memory": torch.cuda.is_available(),  # without a GPU, torch warns that pinning is useless
 }
 
 
 @dataclass
 class ModelArguments:
-    """Which backbone."""
+    """The backbone."""
 
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Hub id or folder of the backbone. Default: a small one that needs no Hub."}
+        default=None, metadata={"help": "Hub id or folder of the backbone. Default: a small model that needs no Hub."}
     )
 
 
 @dataclass
 class DataArguments:
-    """Which data. What is measured at the end is the test split if there is one, else the validation split."""
+    """The data. The final metrics are those of the test split if there is one, otherwise of the validation split."""
 
     dataset_name: str | None = field(default=None, metadata={"help": "Hub id of a data set."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
-    train_file: str | None = field(default=None, metadata={"help": "JSON lines or CSV. Default: data of the recipe."})
-    validation_file: str | None = field(default=None, metadata={"help": "JSON lines or CSV, as the training file."})
-    test_file: str | None = field(default=None, metadata={"help": "Measured at the end, chosen on never."})
+    train_file: str | None = field(
+        default=None, metadata={"help": "JSON lines or CSV. Default: the recipe's own data."}
+    )
+    validation_file: str | None = field(
+        default=None, metadata={"help": "JSON lines or CSV, in the format of the training file."}
+    )
+    test_file: str | None = field(default=None, metadata={"help": "Measured after training. Nothing is chosen by it."})
 
 
 @dataclass
 class MethodArguments:
-    """What is trained: see `PTuningConfig`, and PEFT's `PromptEncoderConfig` and `LoraConfig`."""
+    """The method. For its options see `PTuningConfig`, and PEFT's `PromptEncoderConfig` and `LoraConfig`."""
 
     method: Literal["ptuning", "peft_ptuning", "lora", "head"] = field(
         default="ptuning",
-        metadata={"help": "This package, stock PEFT's P-tuning, LoRA, or the head of the task alone."},
+        metadata={"help": "What is trained: this package's prompt, stock PEFT's P-tuning, LoRA, or the head alone."},
     )
     num_virtual_tokens: int = field(default=10, metadata={"help": "Number of trained vectors in front of the text."})
     encoder: Literal["NONE", "MLP", "LSTM", "RESIDUAL"] | None = field(
         default=None,
-        metadata={"help": "Network that produces the prompt. Default: NONE, the vectors themselves; stock PEFT: MLP."},
+        metadata={"help": "Network that produces the prompt. Default: NONE (plain vectors); for peft_ptuning: MLP."},
     )
     prompt_tuning_init: Literal["RANDOM", "SAMPLE_VOCAB", "TEXT"] = field(
         default="RANDOM", metadata={"help": "Where the prompt starts: random vectors, random tokens, or a text."}
     )
-    prompt_tuning_init_text: str | None = field(default=None, metadata={"help": "The text of TEXT."})
+    prompt_tuning_init_text: str | None = field(default=None, metadata={"help": "The text that TEXT starts from."})
     lora_r: int = field(default=8, metadata={"help": "Rank of LoRA."})
     frozen_dropout: bool = field(
-        default=False, metadata={"help": "Leave the frozen layers' dropout on; by default it is switched off."}
+        default=False, metadata={"help": "Keep the dropout of the frozen layers, which is off by default."}
     )
     early_stopping_patience: int | None = field(
         default=None,
-        metadata={"help": "Stop after so many evaluations without gain; needs `--load_best_model_at_end`."},
+        metadata={"help": "Stop after this many evaluations without a better one; needs `--load_best_model_at_end`."},
     )
 
 
 def parse_arguments(dataclasses: list, defaults: dict, argv: list[str] | None) -> tuple:
-    """Returns one object per dataclass, from a YAML or JSON file if that comes first, and from options, which win.
+    """Returns one object per dataclass, filled from the command line.
+
+    The first word may be a YAML or JSON file of options. Options behind it override those of the file.
 
     Raises:
-        ValueError: The file is not there, holds no table of options, or has one that no dataclass knows.
+        ValueError: The file does not exist, holds no table of options, or has an option that no dataclass knows.
     """
     argv = sys.argv[1:] if argv is None else argv
     parser = HfArgumentParser(dataclasses)
     known = {action.dest for action in parser._actions}
-    parser.set_defaults(**{name: value for name, value in SHARED_DEFAULTS.items() if name in known}, **defaults)
+    parser.set_defaults(**{name: value for name, value in SHARED_DEFAULTS.items() if name in known} | defaults)
     if argv and argv[0].endswith((".yaml", ".yml", ".json")):
         file, argv = Path(argv[0]), argv[1:]
         if not file.is_file():
@@ -95,7 +103,7 @@ def parse_arguments(dataclasses: list, defaults: dict, argv: list[str] | None) -
 
 
 def _as_words(name: str, value) -> list[str]:
-    """An option of a file as on a command line, where its type and choices are checked; null leaves the default."""
+    """An option of a file in the words of a command line, whose parser checks type and choices. null: the default."""
     if value is None:
         return []
     if isinstance(value, list):

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The peft_ptuning_ext authors
 # SPDX-License-Identifier: Apache-2.0
-"""`--method`: the same model made trainable by this package, stock P-tuning, LoRA, or through its head alone."""
+"""`--method`: this package, stock P-tuning, LoRA or the head alone make the same frozen model trainable."""
 
 import warnings
 
@@ -19,18 +19,20 @@ warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", F
 def make_trainable(
     model: PreTrainedModel, args: MethodArguments, task_type: str, tokenizer: PreTrainedTokenizerBase
 ) -> PeftModel | PreTrainedModel:
-    """Freezes the model but for what the method trains, and prints how much that is. `head` gives the model itself.
+    """Freezes the model except for what the method trains, and prints how many parameters that is.
+
+    The result is a `PeftModel`, or the model itself for the method "head".
 
     Raises:
         ValueError: The method does not suit the model, or an argument does not suit the method.
     """
     if not args.frozen_dropout:
         for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):  # of frozen layers: only noise between the prompt and the loss
-                module.p = 0.0
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0  # in frozen layers, dropout only adds noise between prompt and loss
     if task_type not in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
-        # Heads of transformers 5.23 are told how many labels a step has and take the mean of each batch all the same,
-        # so that Trainer's loss would grow with `gradient_accumulation_steps`.
+        # Trainer passes the number of labels of a step to the model. Heads of transformers 5.23 accept and ignore that
+        # number, and the loss would grow with `gradient_accumulation_steps`. With False, Trainer divides the loss.
         model.accepts_loss_kwargs = False
     if args.method == "head":
         adapted = _head_only(model)
@@ -77,29 +79,29 @@ def _head_only(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def count_parameters(model: PeftModel | PreTrainedModel) -> tuple[int, int]:
-    """Returns the number of trained parameters, and of those that remain to be deployed.
+    """Returns the number of trained parameters, and the number of those that are deployed.
 
-    A network that produces a prompt is not deployed, only the V × H numbers that come out of it.
+    Where a network produces the prompt, only its V × H results are deployed, not the network.
     """
     sizes = {name: _size(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad}
     encoders = ("ptuning_encoders.", "prompt_encoder.")
     network = [name for name in sizes if any(encoder in name for encoder in encoders)]
-    # What goes into a network has the size of what comes out, here and in PEFT.
+    # The embedding that goes into the network has the size of the prompt that comes out, here and in PEFT.
     dropped = sum(sizes[name] for name in network if not name.removesuffix(".weight").endswith(".embedding"))
     return sum(sizes.values()), sum(sizes.values()) - dropped
 
 
 def _size(parameter: torch.nn.Parameter) -> int:
-    return getattr(parameter, "ds_numel", parameter.numel())  # DeepSpeed leaves empty tensors where it partitions
+    return getattr(parameter, "ds_numel", parameter.numel())  # DeepSpeed ZeRO-3 leaves empty tensors in the model
 
 
 def make_callbacks(args: MethodArguments) -> list[TrainerCallback]:
-    """Returns the callback that stops early, where it is asked for."""
+    """Returns the callback that stops early, if `--early_stopping_patience` is given."""
     patience = args.early_stopping_patience
     return [] if patience is None else [EarlyStoppingCallback(early_stopping_patience=patience)]
 
 
 def watch_prompt(trainer: Trainer, args: MethodArguments) -> None:
-    """Has the norm, gradient and effect of a prompt logged, and a warning given where it does not learn."""
+    """Makes Trainer log norm, gradient and effect of a prompt, and warn if the prompt does not learn."""
     if args.method == "ptuning":
         PromptMonitor.watch(trainer)

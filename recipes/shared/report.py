@@ -1,79 +1,126 @@
 # SPDX-FileCopyrightText: 2026 The peft_ptuning_ext authors
 # SPDX-License-Identifier: Apache-2.0
-"""What a recipe leaves behind: adapter, metrics, predictions, curves and a model card, in its output folder."""
+"""The end of a recipe: writes adapter, metrics, predictions, curves and a model card, and pushes them to the Hub."""
 
 import json
 import shlex
 import sys
-from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from datasets import Dataset
-from huggingface_hub import EvalResult, ModelCard, ModelCardData, upload_folder
+from huggingface_hub import EvalResult, ModelCard, upload_folder
 from matplotlib.figure import Figure
 from peft import PeftModel
 from sklearn.metrics import ConfusionMatrixDisplay
 from transformers import PreTrainedModel, Trainer
 
+from peft_ptuning_ext import make_model_card
 from shared.arguments import DataArguments, MethodArguments
 from shared.methods import count_parameters
 
 
-TASKS = {  # of PEFT: the Hub's name for it, and the class that loads it
-    "SEQ_CLS": ("text-classification", "ModelForSequenceClassification"),
-    "TOKEN_CLS": ("token-classification", "ModelForTokenClassification"),
-    "QUESTION_ANS": ("question-answering", "ModelForQuestionAnswering"),
-    "CAUSAL_LM": ("text-generation", "ModelForCausalLM"),
-    "SEQ_2_SEQ_LM": ("text2text-generation", "ModelForSeq2SeqLM"),
-}
 TIMES = ("runtime", "per_second", "preparation_time")
 
 
-def can_measure_first(trainer: Trainer) -> bool:
-    """Whether Trainer can evaluate before it trains: in one process.
+@dataclass(frozen=True)
+class Outcome:
+    """What a recipe has measured, and how it was run.
 
-    In several, Trainer of transformers 5.23 would then train without DDP, each process for itself, and with FSDP fail.
+    Args:
+        task (`str`): Name that the Hub has for the task.
+        metric (`str`): Name of the metric that is printed.
+        before (`dict`): Metrics before training, empty if they were not measured. All names start with "eval_".
+        after (`dict`): Metrics after training.
+        predictions (`list[dict]`): One entry for each row that was measured.
+        command (`list[str]`): The words of the command line, see `make_command`.
+        data ([`DataArguments`]): The data.
+        method ([`MethodArguments`]): What was trained.
+        confusion (`tuple`, *optional*): True classes, predicted classes and the names of the classes.
+        is_share (`bool`, defaults to `True`): Whether the printed metric goes from 0 to 1 and is shown in percent.
     """
-    return trainer.args.world_size == 1
+
+    task: str
+    metric: str
+    before: dict
+    after: dict
+    predictions: list[dict]
+    command: list[str]
+    data: DataArguments
+    method: MethodArguments
+    confusion: tuple[list[int], list[int], list[str]] | None = None
+    is_share: bool = True
 
 
-def save_run(trainer: Trainer, before: dict, after: dict) -> dict:
-    """Has Trainer write the adapter, and the main process the rest: see `write_results`. Every process calls this."""
-    trainer.save_model(_internal_call=True)  # else it would push the folder before the rest is in it
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    # Trainer's summary of its last call is another one after resuming.
-    history = [entry for entry in trainer.state.log_history if "train_loss" not in entry]
+@dataclass(frozen=True)
+class Repository:
+    """Where the output folder is pushed."""
+
+    id: str
+    token: str | None = None
+    revision: str | None = None
+
+
+def finish(trainer: Trainer, outcome: Outcome) -> None:
+    """Ends a recipe, in every process: Trainer saves what was trained, and the main process writes the rest."""
+    args = trainer.args
+    trainer.save_model(_internal_call=True)  # without `_internal_call`, save_model would push an unfinished folder
     if not trainer.is_world_process_zero():
-        return {}
-    return write_results(Path(trainer.args.output_dir), model, before, after, history)
+        return
+    # Trainer ends its history with a summary of the last call of `train`, which differs after resuming.
+    history = [entry for entry in trainer.state.log_history if "train_loss" not in entry]
+    repository = Repository(trainer.hub_model_id, args.hub_token, args.hub_revision) if args.push_to_hub else None
+    write_run(Path(args.output_dir), trainer.accelerator.unwrap_model(trainer.model), history, outcome, repository)
 
 
-def write_results(folder: Path, model: PreTrainedModel | PeftModel, before: dict, after: dict, history: list) -> dict:
-    """Writes the model's config, `metrics.json` and the curves; returns what is in `metrics.json`.
+def write_run(
+    folder: Path,
+    model: PreTrainedModel | PeftModel,
+    history: list[dict],
+    outcome: Outcome,
+    repository: Repository | None = None,
+) -> None:
+    """Writes all that describes a run beside the saved model, pushes the folder if asked to, and prints one metric."""
+    results = write_metrics(folder, model, history, outcome)
+    plot_curves(results["history"], folder)
+    if outcome.confusion is not None:
+        plot_confusion(*outcome.confusion, folder)
+    model.config.save_pretrained(folder)  # labels and their names
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in outcome.predictions)
+    (folder / "predictions.jsonl").write_text("".join(lines), encoding="utf-8")
+    name = folder.resolve().name if repository is None else repository.id
+    make_card(model, name, results, outcome).save(folder / "README.md")
+    if repository is not None:
+        upload_folder(
+            repo_id=repository.id,
+            folder_path=folder,
+            revision=repository.revision,
+            token=repository.token,
+            ignore_patterns=["checkpoint-*", "runs/*", "training_args.bin"],  # training_args.bin holds the token
+            commit_message="End of training",
+        )
+    before, after = (results[when].get(outcome.metric) for when in ("before", "after"))
+    form = ".1%" if outcome.is_share else ".1f"
+    before = "not measured" if before is None else format(before, form)
+    print(f"{outcome.metric} before training {before}, after {after:{form}}\nwritten to {folder}")
 
-    The keys of `before` and `after` start with "eval_", those of `metrics.json` do not. Times are left out, so that
-    the same seed writes the same file.
+
+def write_metrics(folder: Path, model: PreTrainedModel | PeftModel, history: list[dict], outcome: Outcome) -> dict:
+    """Writes `metrics.json`, and returns what it holds.
+
+    The names of metrics lose their "eval_". Times are left out, so that the same seed writes the same file.
     """
     trained, deployed = count_parameters(model)
     results = {
-        "before": _metrics(before),
-        "after": _metrics(after),
+        "before": _metrics(outcome.before),
+        "after": _metrics(outcome.after),
         "trained_parameters": trained,
         "deployed_parameters": deployed,
         "history": [_without_times(entry) for entry in history],
     }
-    model.config.save_pretrained(folder)  # labels and their names
     (folder / "metrics.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    plot_curves(results["history"], folder)
     return results
-
-
-def describe(results: dict, name: str, is_share: bool = True) -> str:
-    """One line with a metric before and after training; `is_share` if it is to be read as a percentage."""
-    before, after = (results[when].get(name) for when in ("before", "after"))
-    form = ".1%" if is_share else ".1f"
-    return f"{name} before training {'not measured' if before is None else format(before, form)}, after {after:{form}}"
 
 
 def _metrics(output: dict) -> dict:
@@ -84,17 +131,19 @@ def _without_times(entry: dict) -> dict:
     return {key: value for key, value in entry.items() if not any(word in key for word in TIMES)}
 
 
+def can_measure_first(trainer: Trainer) -> bool:
+    """Whether Trainer can evaluate before it trains, which it can in a single process.
+
+    In several processes, Trainer of transformers 5.23 would then train without DDP, each process for itself, and FSDP
+    would fail.
+    """
+    return trainer.args.world_size == 1
+
+
 def in_data_order(trainer: Trainer, dataset: Dataset, values: np.ndarray) -> np.ndarray:
-    """Returns what `predict` gave per row, in the order of the data: `group_by_length` shuffles evaluation, too."""
+    """Returns the rows of `values` in the order of the data, which `predict` changes with `group_by_length`."""
     sampler = trainer._get_eval_sampler(dataset)
     return values if sampler is None else values[np.argsort(list(sampler))]
-
-
-def write_predictions(folder: Path, rows: Iterable[dict]) -> None:
-    """Writes one JSON line per row."""
-    with open(folder / "predictions.jsonl", "w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def plot_curves(history: list[dict], folder: Path) -> None:
@@ -127,7 +176,7 @@ def _draw(axes, history: list[dict], key: str, label: str, markersize: int = 3) 
 
 
 def plot_confusion(truth: list[int], predicted: list[int], labels: list[str], folder: Path) -> None:
-    """Draws how many texts of each label were given which into confusion_matrix.png."""
+    """Draws into confusion_matrix.png how often each true label was given each predicted label."""
     size = 3 + 0.4 * len(labels)
     figure = Figure(figsize=(size + 1, size), layout="constrained")
     ConfusionMatrixDisplay.from_predictions(
@@ -143,56 +192,52 @@ def plot_confusion(truth: list[int], predicted: list[int], labels: list[str], fo
     figure.savefig(folder / "confusion_matrix.png", dpi=min(150, 6000 / size))
 
 
-def write_card(
-    folder: Path,
-    model: PreTrainedModel | PeftModel,
-    results: dict,
-    task_type: str,
-    data: DataArguments,
-    method: MethodArguments,
-    command: list[str],
-    repo_id: str | None = None,
-) -> None:
-    """Writes the model card, README.md: base model, data, metrics, sizes, the command that made it, how to load it."""
-    model_name = repo_id or folder.resolve().name
-    task, model_class = TASKS[task_type]
+def make_card(model: PreTrainedModel | PeftModel, name: str, results: dict, outcome: Outcome) -> ModelCard:
+    """Makes the model card: the package's card of a prompt, or a short one for another method, and the training."""
+    if outcome.method.method == "ptuning":
+        card = make_model_card(model, name)
+    else:
+        card = _make_short_card(model, name, results)
+    data = outcome.data
     data_name = data.dataset_name or (Path(data.train_file).stem if data.train_file else "the recipe's own data")
-    metrics = {name: value for name, value in results["after"].items() if isinstance(value, (int, float))}
-    path = Path(model.config._name_or_path)
-    is_on_hub = not path.is_dir()
-    base = model.config._name_or_path if is_on_hub else (path.parent if path.name == "model" else path).name
-    card = ModelCardData(
-        base_model=base if is_on_hub else None,
-        library_name="peft" if method.method != "head" else "transformers",
-        pipeline_tag=task,
-        tags=[method.method.replace("_", "-")],
-        datasets=[data.dataset_name] if data.dataset_name else None,
-        metrics=list(metrics),
-        model_name=model_name,
-        eval_results=[
-            EvalResult(
-                task_type=task,
-                dataset_type=data.dataset_name or "other",
-                dataset_name=data_name,
-                metric_type=name,
-                metric_value=round(value, 6),
-            )
-            for name, value in metrics.items()
-        ],
-    )
-    before = {name: f"{value:.4f}" for name, value in results["before"].items()}
-    rows = [f"| {name} | {before.get(name, '')} | {value:.4f} |" for name, value in metrics.items()]
-    sizes = (
-        f"{results['trained_parameters']:,} parameters were trained, {results['deployed_parameters']:,} are deployed."
-    )
-    body = [
-        f"# {model_name}",
-        f"`{method.method}` for {task} on a frozen `{base}`, trained on {data_name}. {sizes}",
-        "| | before | after |\n|---|---|---|\n" + "\n".join(rows),
-        f"```bash\n{_without_token(command)}\n```",
-        f"```python\n{_snippet(model, model_name, model_class, method)}\n```",
+    metrics = {key: value for key, value in results["after"].items() if isinstance(value, (int, float))}
+    card.data.pipeline_tag = card.data.pipeline_tag or outcome.task
+    card.data.datasets = [data.dataset_name] if data.dataset_name else None
+    card.data.metrics = list(metrics)
+    card.data.model_name = name
+    card.data.eval_results = [
+        EvalResult(
+            task_type=outcome.task,
+            dataset_type=data.dataset_name or "other",
+            dataset_name=data_name,
+            metric_type=key,
+            metric_value=round(value, 6),
+        )
+        for key, value in metrics.items()
     ]
-    ModelCard(f"---\n{card.to_yaml()}\n---\n\n" + "\n\n".join(body) + "\n").save(folder / "README.md")
+    before = {key: f"{value:.4f}" for key, value in results["before"].items()}
+    rows = [f"| {key} | {before.get(key, '')} | {value:.4f} |" for key, value in metrics.items()]
+    card.text += "\n".join(
+        [
+            "\n## Training\n",
+            f"`--method {outcome.method.method}` on a frozen model, data: {data_name}.\n",
+            *("```bash", _without_token(outcome.command), "```\n"),
+            *("| | before training | after |", "|---|---|---|", *rows, ""),
+        ]
+    )
+    return card
+
+
+def _make_short_card(model: PreTrainedModel | PeftModel, name: str, results: dict) -> ModelCard:
+    """The card of a method that prompts are compared with."""
+    card = ModelCard("---\n{}\n---\n")
+    card.data.library_name = "peft" if isinstance(model, PeftModel) else "transformers"
+    base_model = model.config._name_or_path
+    if not Path(base_model).exists():  # the name of a folder means nothing to others
+        card.data.base_model = base_model
+    trained, deployed = (f"{results[f'{kind}_parameters']:,}" for kind in ("trained", "deployed"))
+    card.text = f"\n# {name}\n\n{trained} parameters were trained, {deployed} are deployed.\n"
+    return card
 
 
 def make_command(recipe: str, argv: list[str] | None) -> list[str]:
@@ -201,7 +246,7 @@ def make_command(recipe: str, argv: list[str] | None) -> list[str]:
 
 
 def _without_token(command: list[str]) -> str:
-    """The command as one line, without a token for the Hub."""
+    """The command as one line, with "..." in the place of a token for the Hub."""
     shown, hide = [], False
     for word in command:
         name, equals, _ = word.partition("=")
@@ -209,25 +254,3 @@ def _without_token(command: list[str]) -> str:
         shown.append("..." if hide else f"{name}=..." if is_token and equals else word)
         hide = is_token and not equals
     return shlex.join(shown)
-
-
-def _snippet(model: PreTrainedModel | PeftModel, model_name: str, model_class: str, method: MethodArguments) -> str:
-    plugin = "import peft_ptuning_ext\n" if method.method == "ptuning" else ""
-    if isinstance(model, PeftModel):
-        labels = f", num_labels={model.config.num_labels}" if "Classification" in model_class else ""
-        library, auto = "peft", f"AutoPeft{model_class}"
-    else:  # saved whole, with its config
-        library, auto, labels = "transformers", f"Auto{model_class}", ""
-    return f'{plugin}from {library} import {auto}\n\nmodel = {auto}.from_pretrained("{model_name}"{labels})'
-
-
-def push(folder: Path, repo_id: str, token: str | None, revision: str | None = None) -> None:
-    """Uploads the output folder, without checkpoints."""
-    upload_folder(
-        repo_id=repo_id,
-        folder_path=folder,
-        revision=revision,
-        token=token,
-        ignore_patterns=["checkpoint-*", "runs/*", "training_args.bin"],  # the last holds the token
-        commit_message="End of training",
-    )

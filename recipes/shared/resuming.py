@@ -11,14 +11,14 @@ from transformers import TrainingArguments
 
 
 def last_whole_checkpoint(output_dir: str | Path, processes: int = 1) -> str | None:
-    """Returns the last checkpoint that was written to its end; `None` if there is none.
+    """Returns the last checkpoint that was written completely, or `None` if there is none.
 
-    Trainer writes a checkpoint file by file into its final folder, and `resume_from_checkpoint=True` takes the last
-    folder, also one in which a killed process has left half of the files.
+    Trainer writes a checkpoint file by file into its final folder. `resume_from_checkpoint=True` takes the last folder
+    even if the process was killed while it wrote, and half of the files are missing.
 
     Args:
-        output_dir (`str` or `Path`): The Trainer's.
-        processes (`int`, defaults to 1): How many have trained: `TrainingArguments.world_size`.
+        output_dir (`str` or `Path`): The output folder of Trainer.
+        processes (`int`, defaults to 1): Number of processes that trained: `TrainingArguments.world_size`.
     """
     return next((str(folder) for folder in newest_first(output_dir) if _is_whole(folder, processes)), None)
 
@@ -30,9 +30,10 @@ def newest_first(output_dir: str | Path) -> list[Path]:
 
 
 def _is_whole(folder: Path, processes: int) -> bool:
-    """Whether the file that the main process writes last is whole, and so are those that it can't speak for.
+    """Whether all files of a checkpoint are there and complete.
 
-    These are the other processes' files, and all of them if it was not the process but the machine that went down.
+    The main process writes trainer_state.json last. The other files are checked, too: other processes write some of
+    them, and after a crash of the machine any file may be cut off.
     """
     rng_states = ["rng_state.pth"] if processes == 1 else [f"rng_state_{i}.pth" for i in range(processes)]
     try:
@@ -43,18 +44,19 @@ def _is_whole(folder: Path, processes: int) -> bool:
     except (OSError, ValueError, SafetensorError):
         return False
     pickles = [folder / name for name in rng_states] + [path for path in folder.rglob("*.pt*") if path.is_file()]
-    return all(is_zipfile(path) for path in pickles)  # as torch writes them; the directory is at a zip file's end
+    return all(is_zipfile(path) for path in pickles)  # torch writes zip files, whose directory is at the end
 
 
 def find_checkpoint(args: TrainingArguments, are_whole: bool = False) -> str | None:
-    """Returns the folder that `--resume_from_checkpoint` means; "last" is the last whole one of the output folder.
+    """Returns the folder of `--resume_from_checkpoint`; "last" means the last whole checkpoint of the output folder.
 
     Args:
-        args (`TrainingArguments`): Or what has `resume_from_checkpoint` and `output_dir` as they have.
-        are_whole (`bool`, defaults to `False`): They are moved into place when whole, unlike the Trainer's.
+        args (`TrainingArguments`): Arguments with `resume_from_checkpoint`, `output_dir` and `world_size`.
+        are_whole (`bool`, defaults to `False`): Whether all checkpoints are whole, because they are moved to their
+            place when they are finished. Trainer writes them in their place.
 
     Raises:
-        ValueError: There is none.
+        ValueError: The output folder has no whole checkpoint.
     """
     if args.resume_from_checkpoint != "last":
         return args.resume_from_checkpoint

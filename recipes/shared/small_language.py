@@ -1,11 +1,11 @@
 # SPDX-FileCopyrightText: 2026 The peft_ptuning_ext authors
 # SPDX-License-Identifier: Apache-2.0
-"""A little language of who sells what, in which small models are pre-trained and then given a task new to them.
+"""A small language about who sells what. Small models are pre-trained on it and then learn a task that is new to them.
 
-Facts such as `seller: Mara, thing: kettle, colour: red` are told, asked or denied, in the present, the past or the
-future, or listed. In the texts for pre-training a question about the future stands behind an instruction only, all
-others also without one. To answer facts alone by that question is the task of the data in `recipes/data/stalls`. This
-writes those files anew:
+Facts such as `seller: Mara, thing: kettle, colour: red` become a statement, a question or a denial, in the present,
+the past or the future, or a list. In the texts for pre-training, questions about the future only follow an
+instruction; all other forms also follow the facts alone. The task of the data in `recipes/data/stalls` is the question
+about the future from the facts alone. This command writes those files again:
 
     python recipes/shared/small_language.py
 """
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
-# Nothing of the recipes is imported: this file is also run by itself.
+# This file also runs as a script of its own, which finds no other module of the recipes.
 DATA = Path(__file__).resolve().parents[1] / "data"
 WORDS = {
     "seller": "Mara Tomas Ines Oskar Lena Jonas Petra Hugo Nadia Emil Rosa Viktor Clara Anton Selma Bruno Greta Milo "
@@ -41,7 +41,7 @@ SHARE_WITHOUT_INSTRUCTION = 0.3
 
 
 def draw_facts(rng: random.Random) -> dict[str, str]:
-    """Returns two to seven facts in any order; who sells what is always among them."""
+    """Returns two to seven facts in any order. The seller and the thing are always among them."""
     kinds = ["seller", "thing"] + [kind for kind in list(WORDS)[2:] if rng.random() < 0.6]
     rng.shuffle(kinds)
     return {kind: rng.choice(WORDS[kind]) for kind in kinds}
@@ -52,7 +52,7 @@ def write_facts(facts: dict[str, str]) -> str:
 
 
 def write_sentence(facts: dict[str, str], tense: str, form: str, place_first: bool) -> str:
-    """Returns the facts as one sentence; place and price stand in either order."""
+    """Returns the facts as one sentence, with the place before the price or behind it."""
     seller = facts["seller"]
     before, after = {
         ("present", "statement"): (f"{seller} sells", ""),
@@ -79,9 +79,9 @@ def write_list(facts: dict[str, str], what: str) -> str:
 
 
 def draw_texts(seed: int) -> Iterator[tuple[str, str]]:
-    """Yields what pre-training reads, without end: facts, often behind an instruction, and the answer.
+    """Yields an endless stream of texts for pre-training: facts, often behind an instruction, and the answer.
 
-    Facts alone are never answered by the form of the new task.
+    The answer to facts without an instruction never has the form of the new task.
     """
     rng = random.Random(seed)
     combinations = [(tense, form) for tense in TENSES for form in FORMS]
@@ -101,9 +101,9 @@ def draw_texts(seed: int) -> Iterator[tuple[str, str]]:
 
 
 def make_rows(count: int, seed: int, known: set[str]) -> list[dict[str, str]]:
-    """Returns rows of the new task; facts that are in `known` are left out, the others join it.
+    """Returns rows of the new task. Facts that are in `known` are skipped, and the new ones are added to it.
 
-    Facts with a place and a price have two rows, one per order.
+    Facts with a place and a price have two rows, one for each order.
     """
     rng, rows = random.Random(seed), []
     for _ in range(count):

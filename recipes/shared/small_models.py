@@ -1,10 +1,10 @@
 # SPDX-FileCopyrightText: 2026 The peft_ptuning_ext authors
 # SPDX-License-Identifier: Apache-2.0
-"""The default models of the recipes that generate: made on the spot, as toys to try things with, and kept.
+"""The default models of the recipes that generate: toys, which the first run pre-trains on the spot.
 
 A decoder (Llama) and an encoder-decoder (T5) of about half a million parameters, pre-trained in a minute or two on the
-texts of small_language.py. They are kept in `~/.cache/peft_ptuning_ext` (`$XDG_CACHE_HOME` instead of `~/.cache`, if
-that is set) under a name that changes with these two files, so that a change trains anew.
+texts of small_language.py. They are cached in `~/.cache/peft_ptuning_ext`, or in `$XDG_CACHE_HOME/peft_ptuning_ext` if
+that is set. A folder's name depends on the content of these two files: after a change, models are trained again.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ from shared import small_language
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 POSITIONS = 256
-SEPARATOR = "\n"  # between what a decoder reads and what it writes
+SEPARATOR = "\n"  # between the text that a decoder reads and the text that it writes
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,13 @@ SEQ2SEQ = Pretraining("seq2seq", layers=2, steps=900)
 
 
 def find_small_model(settings: Pretraining) -> str:
-    """Returns the folder of the small model, which the first call pre-trains; others wait for it meanwhile."""
+    """Returns the folder of the small model. The first call pre-trains it, and other processes wait for that."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peft_ptuning_ext"
     sources = b"".join(Path(file).read_bytes() for file in (__file__, small_language.__file__))
     key = hashlib.sha256(sources + repr(settings).encode()).hexdigest()[:12]
     folder = root / f"small_{settings.architecture}_{key}"
     root.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):  # let go by the system, too, if its process is killed
+    with FileLock(f"{folder}.lock"):  # the system frees this lock if the process is killed
         if not folder.is_dir():
             draft = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=root))
             try:
@@ -75,7 +75,7 @@ def find_small_model(settings: Pretraining) -> str:
                 draft.rename(folder)
             finally:
                 shutil.rmtree(draft, ignore_errors=True)
-    print(f"{json.loads((folder / 'pretraining.json').read_text())['description']} It is kept in {folder}.")
+    print(f"{json.loads((folder / 'pretraining.json').read_text())['description']} It is cached in {folder}.")
     return str(folder)
 
 
@@ -108,7 +108,7 @@ def _pretrain(settings: Pretraining, folder: Path) -> None:
 
 
 def make_tokenizer(settings: Pretraining, texts) -> PreTrainedTokenizerFast:
-    """Returns byte-level pairs learned from the texts, so that any other text has tokens, too."""
+    """Returns a byte-level BPE tokenizer learned from the texts, which can encode any other text as well."""
     pairs = Tokenizer(models.BPE())
     pairs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     pairs.decoder = decoders.ByteLevel()
@@ -149,7 +149,7 @@ def make_model(settings: Pretraining, tokenizer: PreTrainedTokenizerFast) -> Pre
             num_hidden_layers=settings.layers,
             num_attention_heads=4,
             max_position_embeddings=POSITIONS,
-            initializer_range=settings.width**-0.5,  # with the usual 0.02 it learns to copy ten times later
+            initializer_range=settings.width**-0.5,  # with the usual 0.02, the model learns to copy ten times later
             tie_word_embeddings=True,
             **tokens,
         )

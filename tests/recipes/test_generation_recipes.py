@@ -15,24 +15,15 @@ import evaluate
 import pytest
 import seq2seq
 import torch
-import yaml
 from datasets import Dataset, DatasetDict
 from peft import PeftModel
 from safetensors.torch import load_file
 from shared import small_language, small_models
-from shared.arguments import DataArguments, MethodArguments, ModelArguments, parse_arguments
 from shared.small_models import Pretraining
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoTokenizer,
-    DataCollatorForSeq2Seq,
-    Seq2SeqTrainingArguments,
-    TrainingArguments,
-)
+from tiny_recipes import FILES, RECIPES, losses, outcome, read_metrics, read_rows, run, train, write_rows
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, DataCollatorForSeq2Seq
 
 
-RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 WIDTH = 32
 V = 4
 LONGEST = 10
@@ -45,32 +36,6 @@ NAMES = {  # of what both recipes have
     causal_lm: {"first": "prompt_column", "second": "response_column", "longest": "max_length"},
     seq2seq: {"first": "source_column", "second": "target_column", "longest": "max_source_length"},
 }
-OUTPUTS = {
-    "README.md",
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "config.json",
-    "loss_curve.png",
-    "metric_curves.png",
-    "metrics.json",
-    "predictions.jsonl",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "training_args.bin",
-}
-
-
-def read_rows(path):
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
-
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
-
-
-def run(recipe, arguments):
-    recipe.main([word for name, value in arguments.items() for word in (f"--{name}", str(value))])
 
 
 def make_tiny(recipe, folder, **changes):
@@ -124,37 +89,18 @@ def tiny(recipe, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(recipe, tiny, tmp_path_factory):
-    """The output folder of one run, the model after it and copies of its parameters before it."""
-    output = tmp_path_factory.mktemp("trained") / "output"
-    seen = {}
-    load_model = recipe.load_model
-
-    def load_and_remember(*args):
-        model, tokenizer = load_model(*args)
-        seen.update(model=model, before={name: p.detach().clone() for name, p in model.named_parameters()})
-        return model, tokenizer
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recipe, "load_model", load_and_remember)
-        run(recipe, {**tiny, "eval_strategy": "epoch", "output_dir": output})
-    metrics = json.loads((output / "metrics.json").read_text())
-    return SimpleNamespace(output=output, metrics=metrics, rows=read_rows(output / "predictions.jsonl"), **seen)
-
-
-def losses(folder):
-    return [entry["loss"] for entry in json.loads((folder / "metrics.json").read_text())["history"] if "loss" in entry]
+    return train(recipe, {**tiny, "eval_strategy": "epoch"}, tmp_path_factory.mktemp("trained") / "output")
 
 
 def test_files_are_written(trained):
-    assert {path.name for path in trained.output.iterdir()} == OUTPUTS
+    assert {path.name for path in trained.output.iterdir()} == FILES
     card = (trained.output / "README.md").read_text(encoding="utf-8")
     assert all(f"| {name} |" in card for name in ("loss", "bleu", "rouge_l", "exact_match"))
 
 
 def test_prompt_moves_and_the_backbone_stays(trained):
-    moved = {name for name, p in trained.model.named_parameters() if not torch.equal(p.detach(), trained.before[name])}
-    assert moved == {name for name in trained.before if "ptuning_encoders" in name}
-    assert len(moved) == 1
+    assert trained.moved == {name for name in trained.before if "ptuning_encoders" in name}
+    assert len(trained.moved) == 1
 
 
 def test_adapter_holds_the_prompt_only(trained):
@@ -203,9 +149,8 @@ def test_seed_decides_the_run(recipe, tiny, trained, tmp_path):
     arguments = {**tiny, "eval_strategy": "epoch"}
     run(recipe, {**arguments, "output_dir": tmp_path / "same"})
     run(recipe, {**arguments, "output_dir": tmp_path / "other", "seed": 7})
-    for name in ("metrics.json", "predictions.jsonl", "adapter_model.safetensors"):
-        assert (tmp_path / "same" / name).read_bytes() == (trained.output / name).read_bytes()
-    assert losses(tmp_path / "same") != losses(tmp_path / "other")
+    assert outcome(tmp_path / "same") == outcome(trained.output)
+    assert losses(trained.metrics) != losses(read_metrics(tmp_path / "other"))
 
 
 def test_resumed_is_uninterrupted(recipe, tiny, tmp_path):
@@ -213,10 +158,7 @@ def test_resumed_is_uninterrupted(recipe, tiny, tmp_path):
     run(recipe, {**arguments, "output_dir": tmp_path / "whole"})
     checkpoint = tmp_path / "whole" / "checkpoint-2"
     run(recipe, {**arguments, "output_dir": tmp_path / "resumed", "resume_from_checkpoint": checkpoint})
-    whole, resumed = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "resumed"))
-    assert whole.keys() == resumed.keys()
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    assert losses(tmp_path / "whole") == losses(tmp_path / "resumed")
+    assert outcome(tmp_path / "resumed") == outcome(tmp_path / "whole")
     assert not (tmp_path / "resumed" / "checkpoint-2").exists()  # it did go on from the other folder
 
 
@@ -258,7 +200,7 @@ GOOD = [{"input": "thing: lamp", "target": "a lamp"}, {"input": "thing: kite", "
 
 
 @pytest.mark.parametrize(
-    ("changes", "train", "validation", "message"),
+    ("changes", "train_rows", "rows", "message"),
     [
         ({"first": "text"}, GOOD, GOOD, r"train data has no column 'text', only \['input', 'target'\]"),
         ({}, [], GOOD, r"train\.jsonl is empty"),
@@ -277,11 +219,11 @@ GOOD = [{"input": "thing: lamp", "target": "a lamp"}, {"input": "thing: kite", "
         ({"num_virtual_tokens": 0}, GOOD, GOOD, "`num_virtual_tokens` must be from 1 to"),
     ],
 )
-def test_bad_input_is_refused_before_training(recipe, tiny, tmp_path, changes, train, validation, message):
+def test_bad_input_is_refused_before_training(recipe, tiny, tmp_path, changes, train_rows, rows, message):
     arguments = {
         **tiny,
-        "train_file": write_rows(tmp_path / "train.jsonl", train),
-        "validation_file": write_rows(tmp_path / "validation.jsonl", validation),
+        "train_file": write_rows(tmp_path / "train.jsonl", train_rows),
+        "validation_file": write_rows(tmp_path / "validation.jsonl", rows),
         "output_dir": tmp_path / "output",
     }
     for name, value in changes.items():
@@ -363,27 +305,6 @@ def test_perplexity_counts_each_token_of_the_answers_once(tmp_path):
     output = SimpleNamespace(predictions=found.numpy(), label_ids=batch["labels"].numpy())
     expected = math.exp(sum(sums) / len(sums))
     assert causal_lm.compute_perplexity(output)["perplexity"] == pytest.approx(expected, rel=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("name", "texts", "training"),
-    [
-        ("causal_lm", causal_lm.TextArguments, TrainingArguments),
-        ("seq2seq", seq2seq.TextArguments, Seq2SeqTrainingArguments),
-    ],
-)
-def test_config_file_arrives(name, texts, training, monkeypatch, tmp_path):
-    path = RECIPES / "configs" / f"{name}.yaml"
-    text = path.read_text(encoding="utf-8")
-    assert text.startswith(f"# python recipes/{name}.py recipes/configs/{name}.yaml\n")
-    dataclasses = [ModelArguments, DataArguments, texts, MethodArguments, training]
-    parsed = parse_arguments(dataclasses, {}, [str(path), "--seed", "3", "--use_cpu"])
-    for option, value in yaml.safe_load(text).items():
-        (holder,) = (one for one in parsed if hasattr(one, option))
-        found = getattr(holder, option)
-        expected = [value] if option == "report_to" else value
-        assert found == (float(value) if isinstance(found, float) else expected), option
-    assert parsed[-1].seed == 3
 
 
 def test_metric():

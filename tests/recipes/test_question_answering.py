@@ -11,19 +11,13 @@ import evaluate
 import pytest
 import question_answering as recipe
 import torch
-import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
-from shared.arguments import DataArguments, MethodArguments, ModelArguments, parse_arguments
-from tiny_recipes import RECIPES, RUN, read_rows, save_backbone, train, write_rows
-from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenizer, TrainingArguments
+from tiny_recipes import FILES, PLOTS, RECIPES, RUN, outcome, read_rows, save_backbone, train, write_rows
+from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenizer
 
 
 NOTICES = RECIPES / "data" / "notices"
-CONFIG = RECIPES / "configs" / "question_answering.yaml"
-FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "config.json", "loss_curve.png"}
-FILES |= {"metric_curves.png", "metrics.json", "predictions.jsonl", "tokenizer.json", "tokenizer_config.json"}
-FILES |= {"training_args.bin"}
 NAMES = ["oslo", "lima", "new york", "nora", "nora lind"]
 FILLERS = ["to", "from", "we go", "is late", "and", "tomorrow"]
 QUESTIONS = ["what name ?", "which ?"]
@@ -112,7 +106,7 @@ def measure(rows):
 
 def test_files_are_written(trained):
     assert {path.name for path in trained.output.iterdir() if not path.name.startswith("checkpoint-")} == FILES
-    for name in ("loss_curve.png", "metric_curves.png"):
+    for name in PLOTS:
         assert (trained.output / name).read_bytes().startswith(b"\x89PNG")
     card = (trained.output / "README.md").read_text()
     assert "pipeline_tag: question-answering" in card
@@ -120,9 +114,10 @@ def test_files_are_written(trained):
 
 
 def test_prompt_and_head_move_and_the_backbone_stays(trained):
-    moved = {name for name, p in trained.model.named_parameters() if not torch.equal(p.detach(), trained.before[name])}
-    assert moved == {name for name in trained.before if "ptuning_encoders" in name or "modules_to_save" in name}
-    assert len(moved) == 3  # prompt, weight and bias of the head
+    assert trained.moved == {
+        name for name in trained.before if "ptuning_encoders" in name or "modules_to_save" in name
+    }
+    assert len(trained.moved) == 3  # prompt, weight and bias of the head
 
 
 def test_adapter_holds_prompt_and_head_only(trained):
@@ -227,8 +222,7 @@ def test_best_span_is_ordered_short_enough_and_none_if_there_is_no_room(tiny, tm
 
 def test_seed_decides_the_run(trained, tiny, tmp_path):
     same, other = train(recipe, tiny, tmp_path / "same"), train(recipe, {**tiny, "seed": 7}, tmp_path / "other")
-    for name in ("metrics.json", "predictions.jsonl", "adapter_model.safetensors"):
-        assert (trained.output / name).read_bytes() == (same.output / name).read_bytes()
+    assert outcome(trained.output) == outcome(same.output)
     assert trained.metrics["after"]["loss"] != other.metrics["after"]["loss"]
 
 
@@ -238,22 +232,15 @@ def test_resumed_run_equals_an_uninterrupted_one(trained, tiny, tmp_path):
     name = "adapter_model.safetensors"
     assert (checkpoint / name).read_bytes() != (resumed.output / name).read_bytes()
     assert not (resumed.output / "checkpoint-20").exists()  # it did not begin at the beginning
-    for name in ("adapter_model.safetensors", "predictions.jsonl"):
-        assert (trained.output / name).read_bytes() == (resumed.output / name).read_bytes()
-    for results in (trained.metrics, resumed.metrics):
-        for entry in results["history"]:
-            entry.pop("train_loss", None)  # a mean over the steps of this process
-            entry.pop("prompt_shift", None)  # from where this process began
-    assert trained.metrics == resumed.metrics
+    assert outcome(resumed.output) == outcome(trained.output)
 
 
 @pytest.mark.parametrize("method", ["peft_ptuning", "lora", "head"])
 def test_other_methods_run(tiny, tmp_path, method):
     run = train(recipe, {**tiny, "method": method}, tmp_path / "output")
-    moved = {name for name, p in run.model.named_parameters() if not torch.equal(p.detach(), run.before[name])}
     part = {"peft_ptuning": "prompt_encoder", "lora": "lora_", "head": "qa_outputs"}[method]
-    assert any(part in name for name in moved)
-    assert all(part in name or "qa_outputs" in name for name in moved)
+    assert any(part in name for name in run.moved)
+    assert all(part in name or "qa_outputs" in name for name in run.moved)
     assert {name: run.metrics["after"][name] for name in ("exact_match", "f1")} == pytest.approx(measure(run.rows))
 
 
@@ -301,8 +288,12 @@ GOOD = row_with({"text": ["oslo"], "answer_start": [9]})
         ({}, row_with({"text": [""], "answer_start": [0]}), "'a7' .* answer '', and its context has none at 0"),
         ({}, row_with({"text": ["oslo"], "answer_start": ["9"]}), "'a7' .* answer 'oslo' at '9', not a text at a num"),
         ({}, row_with({"text": [], "answer_start": []}), "The train data has no answer at all"),
-        ({}, {**GOOD, "question": "which ? " * 7}, "'a7' has 14 tokens, with `--doc_stride` 4 leaves no room .* 20"),
-        ({"doc_stride": 15}, GOOD, "'a7' has 2 tokens, with `--doc_stride` 15 leaves no room for the text in"),
+        (
+            {},
+            {**GOOD, "question": "which ? " * 7},
+            "'a7' has 14 tokens, and with `--doc_stride` 4 leaves no room .* 20",
+        ),
+        ({"doc_stride": 15}, GOOD, "'a7' has 2 tokens, and with `--doc_stride` 15 leaves no room for the text in"),
         ({"max_length": 61}, GOOD, "4 virtual tokens and `--max_length` 61 are 65 positions, and the model has 64"),
     ],
 )
@@ -311,21 +302,6 @@ def test_bad_input_is_refused_before_training(tiny, tmp_path, changes, row, mess
     with pytest.raises(ValueError, match=message):
         train(recipe, {**tiny, **files, **changes}, tmp_path / "output")
     assert not (tmp_path / "output").exists()
-
-
-def test_every_value_of_the_config_arrives():
-    dataclasses = [ModelArguments, DataArguments, recipe.SpanArguments, MethodArguments, TrainingArguments]
-
-    def parse(*argv):
-        parts = parse_arguments(dataclasses, recipe.TRAINING_DEFAULTS, [*argv, "--use_cpu", "True"])
-        return {name: value for part in parts for name, value in vars(part).items()}
-
-    options = yaml.safe_load(CONFIG.read_text())
-    values, defaults = parse(str(CONFIG), "--seed", "5"), parse()
-    options |= {"report_to": [options["report_to"]], "learning_rate": float(options["learning_rate"]), "seed": 5}
-    assert {name: values[name] for name in options} == options
-    assert sum(defaults[name] != value for name, value in options.items()) > 5  # else nothing shows that it was read
-    assert f"# python recipes/question_answering.py recipes/configs/{CONFIG.name}\n" in CONFIG.read_text()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The peft_ptuning_ext authors
 # SPDX-License-Identifier: Apache-2.0
-"""The classification recipes from end to end on a tiny model, and the data set that comes with them."""
+"""The text classification recipe and classify.py from end to end on a tiny model, their metric and data set."""
 
 import csv
 import json
@@ -10,19 +10,29 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import classify
 import evaluate
 import pytest
-import text_classification
+import text_classification as recipe
 import torch
-import yaml
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
-from shared import report, sources
-from shared.arguments import parse_arguments
-from tiny_recipes import RECIPES, as_words, read_rows, save_backbone, write_rows
+from shared import report
+from tiny_recipes import (
+    FILES,
+    PLOTS,
+    RECIPES,
+    losses,
+    outcome,
+    read_metrics,
+    read_rows,
+    run,
+    save_backbone,
+    train,
+    write_rows,
+)
 
 
 SPEECH_ACTS = RECIPES / "data" / "speech_acts"
@@ -30,14 +40,6 @@ SPEECH_ACTS = RECIPES / "data" / "speech_acts"
 LABELS = ["apology", "complaint", "congratulation", "invitation", "promise"]
 LABELS += ["question", "refusal", "request", "thanks", "warning"]
 TINY_LABELS = ("apology", "question", "thanks")
-PLOTS = {"confusion_matrix.png", "loss_curve.png", "metric_curves.png"}
-ADAPTER = {"adapter_config.json", "adapter_model.safetensors"}
-MODEL = {"config.json", "tokenizer.json", "tokenizer_config.json", "training_args.bin"}
-OUTPUTS = {"README.md", "metrics.json", "predictions.jsonl", *PLOTS, *ADAPTER, *MODEL}
-
-
-def losses(metrics):
-    return [entry["loss"] for entry in metrics["history"] if "loss" in entry]
 
 
 @pytest.fixture(scope="module")
@@ -64,38 +66,23 @@ def tiny(tmp_path_factory):
     }
 
 
-def run(arguments):
-    text_classification.main(as_words(arguments))
-
-
 @pytest.fixture(scope="module")
 def trained(tiny, tmp_path_factory):
-    """The output folder of one run, the model after it and copies of its parameters before it."""
-    output = tmp_path_factory.mktemp("trained") / "output"
-    seen = {}
-    load_model = text_classification.load_model
-
-    def load_and_remember(*args):
-        model, tokenizer = load_model(*args)
-        seen.update(model=model, before={name: p.detach().clone() for name, p in model.named_parameters()})
-        return model, tokenizer
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(text_classification, "load_model", load_and_remember)
-        run({**tiny, "output_dir": output})
-    return SimpleNamespace(output=output, **seen)
+    return train(recipe, tiny, tmp_path_factory.mktemp("trained") / "output")
 
 
 def test_files_are_written(trained):
-    assert {path.name for path in trained.output.iterdir()} == OUTPUTS
-    for name in PLOTS:
+    plots = {*PLOTS, "confusion_matrix.png"}
+    assert {path.name for path in trained.output.iterdir()} == FILES | plots
+    for name in plots:
         assert (trained.output / name).read_bytes().startswith(b"\x89PNG")
 
 
 def test_prompt_and_head_move_and_the_backbone_stays(trained):
-    moved = {name for name, p in trained.model.named_parameters() if not torch.equal(p.detach(), trained.before[name])}
-    assert moved == {name for name in trained.before if "ptuning_encoders" in name or "modules_to_save" in name}
-    assert len(moved) == 3  # prompt, weight and bias of the head
+    assert trained.moved == {
+        name for name in trained.before if "ptuning_encoders" in name or "modules_to_save" in name
+    }
+    assert len(trained.moved) == 3  # prompt, weight and bias of the head
 
 
 def test_adapter_holds_prompt_and_head_only(trained):
@@ -105,8 +92,7 @@ def test_adapter_holds_prompt_and_head_only(trained):
 
 
 def test_metrics_agree_with_predictions(trained, tiny):
-    rows = read_rows(trained.output / "predictions.jsonl")
-    metrics = json.loads((trained.output / "metrics.json").read_text())
+    rows, metrics = trained.rows, trained.metrics
     given = read_rows(Path(tiny["validation_file"]))
     assert [(row["text"], row["label"]) for row in rows] == [(row["text"], row["label"]) for row in given]
     assert metrics["after"]["accuracy"] == sum(row["label"] == row["prediction"] for row in rows) / len(rows)
@@ -116,7 +102,7 @@ def test_metrics_agree_with_predictions(trained, tiny):
 
 
 def test_saved_adapter_gives_the_same_labels_in_a_fresh_process(trained, tmp_path):
-    rows = read_rows(trained.output / "predictions.jsonl")
+    rows = trained.rows
     command = [sys.executable, str(RECIPES / "classify.py"), str(trained.output)]
     result = subprocess.run(
         [*command, *(row["text"] for row in rows)],
@@ -139,18 +125,17 @@ def test_classify_has_sentences_of_its_own(trained, capsys):
 
 
 def test_seed_decides_the_run(tiny, trained, tmp_path):
-    run({**tiny, "output_dir": tmp_path / "same"})
-    run({**tiny, "output_dir": tmp_path / "other", "seed": 7})
-    first, same, other = (
-        folder / "metrics.json" for folder in (trained.output, tmp_path / "same", tmp_path / "other")
-    )
-    assert first.read_bytes() == same.read_bytes()
-    assert losses(json.loads(first.read_text())) != losses(json.loads(other.read_text()))
+    run(recipe, {**tiny, "output_dir": tmp_path / "same"})
+    run(recipe, {**tiny, "output_dir": tmp_path / "other", "seed": 7})
+    name = "metrics.json"
+    assert (trained.output / name).read_bytes() == (tmp_path / "same" / name).read_bytes()
+    assert outcome(trained.output) == outcome(tmp_path / "same")
+    assert losses(trained.metrics) != losses(read_metrics(tmp_path / "other"))
 
 
 def test_prompt_arguments_reach_the_adapter(tiny, tmp_path, capsys):
     prompt = {"encoder": "RESIDUAL", "prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "what does it do"}
-    run({**tiny, **prompt, "max_steps": 1, "output_dir": tmp_path})
+    run(recipe, {**tiny, **prompt, "max_steps": 1, "output_dir": tmp_path})
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["encoder_reparameterization_type"] == "RESIDUAL"
     assert config["prompt_tuning_init_text"] == "what does it do"
@@ -167,7 +152,7 @@ def test_numbers_in_csv_as_labels(tiny, tmp_path):
         with open(files[f"{split}_file"], "w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([("sentence", "stars"), *((f"this is film {i}", i % 3 * 5) for i in range(12))])
     columns = {"text_column": "sentence", "label_column": "stars"}
-    run({**tiny, **files, **columns, "max_steps": 1, "output_dir": tmp_path / "output"})
+    run(recipe, {**tiny, **files, **columns, "max_steps": 1, "output_dir": tmp_path / "output"})
     config = json.loads((tmp_path / "output" / "config.json").read_text())
     assert config["id2label"] == {"0": "0", "1": "5", "2": "10"}
     assert {row["label"] for row in read_rows(tmp_path / "output" / "predictions.jsonl")} == {"0", "5", "10"}
@@ -178,8 +163,8 @@ def test_other_data_can_be_swapped_in_and_keep_their_names(tiny, tmp_path, monke
     rows = Dataset.from_dict({"text": ["so it is", "not at all"] * 4, "label": [1, 0] * 4}, features=features)
     unlabelled = rows.map(lambda row: {"label": -1})  # as the test splits of GLUE
     splits = DatasetDict(train=rows, validation=rows, test=unlabelled)
-    monkeypatch.setattr(text_classification, "load_data", lambda *args: splits)
-    run({**tiny, "max_steps": 1, "output_dir": tmp_path})
+    monkeypatch.setattr(recipe, "load_data", lambda *args: splits)
+    run(recipe, {**tiny, "max_steps": 1, "output_dir": tmp_path})
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["id2label"] == {"0": "no", "1": "yes", "2": "maybe"}
     assert [row["label"] for row in read_rows(tmp_path / "predictions.jsonl")] == ["yes", "no"] * 4
@@ -189,28 +174,28 @@ def test_accumulated_batches_are_one_large_batch(tiny, tmp_path):
     outcomes = []
     for batch, steps in ((8, 1), (4, 2)):
         sizes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": steps, "max_steps": 3}
-        run({**tiny, **sizes, "eval_strategy": "no", "output_dir": tmp_path})
-        history = json.loads((tmp_path / "metrics.json").read_text())["history"]
+        run(recipe, {**tiny, **sizes, "eval_strategy": "no", "output_dir": tmp_path})
+        history = read_metrics(tmp_path)["history"]
         outcomes.append([value for entry in history for value in (entry["loss"], entry["grad_norm"])])
     assert outcomes[0] == pytest.approx(outcomes[1], rel=1e-4)
 
 
 def test_predictions_stand_beside_their_texts_when_evaluation_is_grouped_by_length(tiny, trained, tmp_path):
-    run({**tiny, "train_sampling_strategy": "group_by_length", "max_steps": 1, "output_dir": tmp_path})
+    run(recipe, {**tiny, "train_sampling_strategy": "group_by_length", "max_steps": 1, "output_dir": tmp_path})
     rows, given = read_rows(tmp_path / "predictions.jsonl"), read_rows(Path(tiny["validation_file"]))
     assert [(row["text"], row["label"]) for row in rows] == [(row["text"], row["label"]) for row in given]
-    accuracy = json.loads((tmp_path / "metrics.json").read_text())["after"]["accuracy"]
+    accuracy = read_metrics(tmp_path)["after"]["accuracy"]
     assert sum(row["label"] == row["prediction"] for row in rows) / len(rows) == accuracy
 
 
 def test_resuming_from_the_last_checkpoint(tiny, tmp_path):
     saving = {**tiny, "save_strategy": "steps", "save_steps": 12, "output_dir": tmp_path}
     with pytest.raises(ValueError, match="there is no whole checkpoint in"):
-        run({**saving, "resume_from_checkpoint": "last"})
-    run(saving)
+        run(recipe, {**saving, "resume_from_checkpoint": "last"})
+    run(recipe, saving)
     straight = (tmp_path / "adapter_model.safetensors").read_bytes()
     (tmp_path / "checkpoint-24" / "trainer_state.json").write_text("{")  # as if killed while it was written
-    run({**saving, "resume_from_checkpoint": "last"})
+    run(recipe, {**saving, "resume_from_checkpoint": "last"})
     assert (tmp_path / "adapter_model.safetensors").read_bytes() == straight
 
 
@@ -222,23 +207,22 @@ def test_resuming_from_the_last_checkpoint(tiny, tmp_path):
         ("head", {"classifier"}),
     ],
 )
-def test_other_methods_train_the_same_thing(tiny, tmp_path, method, trained_names, monkeypatch):
-    models = []
-    load_model = text_classification.load_model
-    monkeypatch.setattr(text_classification, "load_model", lambda *args: models.append(load_model(*args)) or models[0])
-    run({**tiny, "method": method, "learning_rate": 0.01, "max_steps": 80, "output_dir": tmp_path})
-    model = models[0][0]
-    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    assert {next(part for part in trained_names if part in name) for name in names} == trained_names
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
-    history = losses(metrics)
+def test_other_methods_train_the_same_thing(tiny, tmp_path, method, trained_names):
+    done = train(recipe, {**tiny, "method": method, "learning_rate": 0.01, "max_steps": 80}, tmp_path)
+    assert {next(part for part in trained_names if part in name) for name in done.moved} == trained_names
+    history = losses(done.metrics)
     assert sum(history[-8:]) < sum(history[:8])
-    assert f"`{method}` for text-classification" in (tmp_path / "README.md").read_text()
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.pipeline_tag == "text-classification"
+    assert card.data.library_name == ("transformers" if method == "head" else "peft")
+    assert card.text.count("## Training") == 1
+    assert f"`--method {method}` on a frozen model" in card.text
+    assert f"{done.metrics['trained_parameters']:,} parameters were trained" in card.text
 
 
 def test_a_network_is_not_counted_as_deployed(tiny, tmp_path, capsys):
-    run({**tiny, "encoder": "MLP", "max_steps": 1, "output_dir": tmp_path})
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    run(recipe, {**tiny, "encoder": "MLP", "max_steps": 1, "output_dir": tmp_path})
+    metrics = read_metrics(tmp_path)
     assert metrics["deployed_parameters"] == 4 * 32 + (32 + 1) * len(TINY_LABELS)  # the prompt and the head
     assert metrics["trained_parameters"] > metrics["deployed_parameters"]
     assert f"{metrics['trained_parameters']:,}" in capsys.readouterr().out
@@ -254,31 +238,23 @@ def test_a_network_is_not_counted_as_deployed(tiny, tmp_path, capsys):
 )
 def test_arguments_that_a_method_lacks_are_refused(tiny, tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
-        run({**tiny, **arguments, "output_dir": tmp_path / "output"})
+        run(recipe, {**tiny, **arguments, "output_dir": tmp_path / "output"})
     assert not (tmp_path / "output").exists()
-
-
-def outcome(folder):
-    """The adapter and the metrics, but for the way from where the prompt was at the start or on resuming."""
-    metrics = json.loads((folder / "metrics.json").read_text())
-    for entry in metrics["history"]:
-        entry.pop("prompt_shift", None)
-    return metrics, (folder / "adapter_model.safetensors").read_bytes()
 
 
 def test_a_resumed_run_writes_what_an_uninterrupted_one_does(tiny, tmp_path):
     saving = {**tiny, "save_strategy": "steps", "save_steps": 12, "output_dir": tmp_path}
-    run(saving)
+    run(recipe, saving)
     straight = outcome(tmp_path)
-    run({**saving, "resume_from_checkpoint": tmp_path / "checkpoint-12"})
+    run(recipe, {**saving, "resume_from_checkpoint": tmp_path / "checkpoint-12"})
     assert outcome(tmp_path) == straight
 
 
 def test_early_stopping_keeps_the_best(tiny, tmp_path):
     options = {"eval_strategy": "steps", "eval_steps": 4, "save_strategy": "steps", "save_steps": 4}
     options |= {"load_best_model_at_end": True, "early_stopping_patience": 2, "max_steps": 200, "learning_rate": 1.0}
-    run({**tiny, **options, "output_dir": tmp_path})
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    run(recipe, {**tiny, **options, "output_dir": tmp_path})
+    metrics = read_metrics(tmp_path)
     found = [entry["eval_accuracy"] for entry in metrics["history"] if "eval_accuracy" in entry]
     assert metrics["after"]["accuracy"] == max(found)
     assert found[-1] <= max(found[:-2])
@@ -290,10 +266,18 @@ def test_a_test_split_is_measured_and_not_chosen_on(tiny, tmp_path):
     files = {"validation_file": write_rows(tmp_path / "validation.jsonl", rows[:12])}
     files["test_file"] = write_rows(tmp_path / "test.jsonl", rows[12:])
     run(
-        {**tiny, **files, "max_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "output_dir": tmp_path / "output"}
+        recipe,
+        {
+            **tiny,
+            **files,
+            "max_steps": 2,
+            "eval_strategy": "steps",
+            "eval_steps": 2,
+            "output_dir": tmp_path / "output",
+        },
     )
     assert [row["text"] for row in read_rows(tmp_path / "output/predictions.jsonl")] == [r["text"] for r in rows[12:]]
-    metrics = json.loads((tmp_path / "output/metrics.json").read_text())
+    metrics = read_metrics(tmp_path / "output")
     evaluated = [entry for entry in metrics["history"] if "eval_loss" in entry]
     assert metrics["after"]["loss"] not in [entry["eval_loss"] for entry in evaluated]
 
@@ -301,7 +285,7 @@ def test_a_test_split_is_measured_and_not_chosen_on(tiny, tmp_path):
 def test_tensorboard_sees_the_prompt(tiny, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    run({**tiny, "max_steps": 2, "report_to": "tensorboard", "output_dir": tmp_path})
+    run(recipe, {**tiny, "max_steps": 2, "report_to": "tensorboard", "output_dir": tmp_path})
     events = EventAccumulator(str(next(tmp_path.rglob("events.out.tfevents.*"))))
     events.Reload()
     assert {"train/loss", "train/prompt_norm", "train/prompt_grad_norm", "train/prompt_effect"} <= set(
@@ -309,17 +293,16 @@ def test_tensorboard_sees_the_prompt(tiny, tmp_path):
     )
 
 
-def test_model_card(tiny, trained, monkeypatch, tmp_path):
-    card = report.ModelCard.load(trained.output / "README.md")
-    metrics = json.loads((trained.output / "metrics.json").read_text())["after"]
+def test_model_card_is_the_packages_and_says_how_it_was_trained(tiny, trained, monkeypatch):
+    card, metrics = ModelCard.load(trained.output / "README.md"), trained.metrics
     assert {result.metric_type: result.metric_value for result in card.data.eval_results} == pytest.approx(
-        metrics, abs=1e-6
+        metrics["after"], abs=1e-6
     )
-    assert (card.data.library_name, card.data.pipeline_tag, card.data.tags) == (
-        "peft",
-        "text-classification",
-        ["ptuning"],
-    )
+    assert (card.data.library_name, card.data.pipeline_tag) == ("peft", "text-classification")
+    assert {"p-tuning", "peft_ptuning_ext"} <= set(card.data.tags)
+    assert "| prompt | 4 vectors of 32, encoder `NONE` |" in card.text
+    before, after = metrics["before"]["accuracy"], metrics["after"]["accuracy"]
+    assert f"| accuracy | {before:.4f} | {after:.4f} |" in card.text
     command = re.search(r"```bash\n(.*?)\n```", card.text, flags=re.DOTALL)[1]
     assert command.startswith("python recipes/text_classification.py --model_name_or_path ")
     assert "--num_virtual_tokens 4" in command
@@ -335,60 +318,18 @@ def test_model_card(tiny, trained, monkeypatch, tmp_path):
 def test_the_folder_is_pushed_without_checkpoints_and_the_token_stays_here(tiny, tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(report, "upload_folder", lambda **kwargs: calls.append(kwargs))
-    trainer = text_classification.Trainer
+    trainer = recipe.Trainer
     monkeypatch.setattr(
         trainer, "init_hf_repo", lambda self, **kwargs: setattr(self, "hub_model_id", "someone/prompt")
     )
     monkeypatch.setattr(trainer, "_push_from_checkpoint", lambda self, folder: None)
-    run({**tiny, "max_steps": 1, "push_to_hub": True, "hub_token": "hf_secret", "output_dir": tmp_path})
+    run(recipe, {**tiny, "max_steps": 1, "push_to_hub": True, "hub_token": "hf_secret", "output_dir": tmp_path})
     assert len(calls) == 1
     assert calls[0]["repo_id"] == "someone/prompt"
     assert calls[0]["token"] == "hf_secret"
     assert "checkpoint-*" in calls[0]["ignore_patterns"]
     assert "hf_secret" not in (tmp_path / "README.md").read_text()
     assert 'from_pretrained("someone/prompt"' in (tmp_path / "README.md").read_text()
-
-
-def test_its_config_file_is_understood():
-    file = RECIPES / "configs" / "text_classification.yaml"
-    options = yaml.safe_load(file.read_text())
-    recipe = text_classification
-    dataclasses = [recipe.ModelArguments, recipe.DataArguments, recipe.ColumnArguments, recipe.MethodArguments]
-    parsed = parse_arguments([*dataclasses, recipe.TrainingArguments], recipe.TRAINING_DEFAULTS, [str(file)])
-    values = {name: value for part in parsed for name, value in vars(part).items()}
-    for name, value in options.items():
-        assert values[name] == (float(value) if name == "learning_rate" else [value] if name == "report_to" else value)
-
-
-def test_options_win_over_a_file(tiny, tmp_path):
-    (tmp_path / "run.json").write_text(json.dumps({**tiny, "max_steps": 2, "learning_rate": 0.5}))
-    words = [str(tmp_path / "run.json"), "--learning_rate", "0.25", "--output_dir", str(tmp_path / "output")]
-    text_classification.main(words)
-    history = json.loads((tmp_path / "output/metrics.json").read_text())["history"]
-    assert [entry["learning_rate"] for entry in history if "loss" in entry] == [0.0, 0.25]  # after a step of warm-up
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "There is no file"),
-        ("- a\n- b\n", "should hold options by name"),
-        ("learning_rat: 1\nnum_virtual_token: 2\n", "does not know: learning_rat, num_virtual_token"),
-    ],
-)
-def test_config_files_that_are_wrong(tmp_path, content, message):
-    if content is not None:
-        (tmp_path / "run.yaml").write_text(content)
-    with pytest.raises(ValueError, match=message):
-        text_classification.main([str(tmp_path / "run.yaml")])
-
-
-@pytest.mark.parametrize("content", ["method: rola", "learning_rate: fast"])
-def test_values_of_a_config_file_are_checked(tmp_path, content, capsys):
-    (tmp_path / "run.yaml").write_text(content)
-    with pytest.raises(SystemExit):
-        text_classification.main([str(tmp_path / "run.yaml")])
-    assert content.split()[-1] in capsys.readouterr().err
 
 
 BAD = [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}]
@@ -426,7 +367,7 @@ def test_bad_input_is_refused_before_training(tiny, tmp_path, changes, train, va
         **changes,
     }
     with pytest.raises(ValueError, match=message):
-        run(arguments)
+        run(recipe, arguments)
     assert not (tmp_path / "output").exists()
 
 
@@ -435,20 +376,8 @@ def test_csv_without_rows_is_refused(tiny, tmp_path):
     (tmp_path / "validation.csv").write_text("text,label\na,x\nb,y\n")
     files = {f"{split}_file": tmp_path / f"{split}.csv" for split in ("train", "validation")}
     with pytest.raises(ValueError, match=r"train\.csv is empty"):
-        run({**tiny, **files, "output_dir": tmp_path / "output"})
+        run(recipe, {**tiny, **files, "output_dir": tmp_path / "output"})
     assert not (tmp_path / "output").exists()
-
-
-def test_default_backbone_is_checked(tmp_path, monkeypatch):
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "model.safetensors").write_bytes(b"other weights")
-    package = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
-    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: package)
-    with pytest.raises(ValueError, match=f"has SHA-256 [0-9a-f]{{64}}, expected {sources.MINILM_SHA256}"):
-        sources.find_packaged_encoder()
-    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="not installed"):
-        sources.find_packaged_encoder()
 
 
 def test_metric():

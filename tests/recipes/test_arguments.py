@@ -1,0 +1,94 @@
+# SPDX-FileCopyrightText: 2026 The peft_ptuning_ext authors
+# SPDX-License-Identifier: Apache-2.0
+"""The arguments of all recipes, from command lines and files: config files arrive, and what is wrong is refused."""
+
+import json
+
+import accelerate_loop
+import causal_lm
+import pytest
+import question_answering
+import seq2seq
+import text_classification
+import token_classification
+import yaml
+from tiny_recipes import RECIPES
+
+
+ALL = [accelerate_loop, causal_lm, question_answering, seq2seq, text_classification, token_classification]
+
+
+class Parsed(Exception):
+    """Raised in place of a training, with the values of all arguments."""
+
+
+@pytest.fixture
+def parse(monkeypatch):
+    """Returns what a recipe reads from its command line."""
+
+    def parse(recipe, *words):
+        parse_arguments = recipe.parse_arguments
+
+        def parse_and_stop(*args):
+            raise Parsed({name: value for part in parse_arguments(*args) for name, value in vars(part).items()})
+
+        with monkeypatch.context() as patch:
+            patch.setattr(recipe, "parse_arguments", parse_and_stop)
+            with pytest.raises(Parsed) as parsed:
+                recipe.main([*words, "--use_cpu", "True"])
+        return parsed.value.args[0]
+
+    return parse
+
+
+def test_each_recipe_has_a_config_file():
+    assert {path.stem for path in (RECIPES / "configs").iterdir()} == {recipe.__name__ for recipe in ALL}
+
+
+@pytest.mark.parametrize("recipe", ALL, ids=lambda recipe: recipe.__name__)
+def test_every_value_of_a_config_file_arrives(recipe, parse):
+    name = recipe.__name__
+    file = RECIPES / "configs" / f"{name}.yaml"
+    text = file.read_text(encoding="utf-8")
+    assert text.startswith(f"# python recipes/{name}.py recipes/configs/{name}.yaml\n")
+    options = yaml.safe_load(text)
+    values, defaults = parse(recipe, str(file), "--seed", "5"), parse(recipe)
+    options |= {"learning_rate": float(options["learning_rate"]), "seed": 5}
+    if recipe is not accelerate_loop:
+        options["report_to"] = [options["report_to"]]
+    assert {name: values[name] for name in options} == options
+    assert sum(defaults[name] != value for name, value in options.items()) > 5  # else nothing shows that it was read
+
+
+def test_options_win_over_a_file(tmp_path, parse):
+    (tmp_path / "run.json").write_text(json.dumps({"max_steps": 2, "learning_rate": 0.5}))
+    values = parse(text_classification, str(tmp_path / "run.json"), "--learning_rate", "0.25")
+    assert (values["max_steps"], values["learning_rate"]) == (2, 0.25)
+
+
+def test_defaults_of_a_recipe_win_over_the_shared_ones(parse):
+    assert parse(question_answering)["label_names"] == ["start_positions", "end_positions"]
+    assert parse(text_classification)["label_names"] == ["labels"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "There is no file"),
+        ("- a\n- b\n", "should hold options by name"),
+        ("learning_rat: 1\nnum_virtual_token: 2\n", "does not know: learning_rat, num_virtual_token"),
+    ],
+)
+def test_config_files_that_are_wrong(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "run.yaml").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        text_classification.main([str(tmp_path / "run.yaml")])
+
+
+@pytest.mark.parametrize("content", ["method: rola", "learning_rate: fast"])
+def test_values_of_a_config_file_are_checked(tmp_path, content, capsys):
+    (tmp_path / "run.yaml").write_text(content)
+    with pytest.raises(SystemExit):
+        text_classification.main([str(tmp_path / "run.yaml")])
+    assert content.split()[-1] in capsys.readouterr().err
