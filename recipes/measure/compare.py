@@ -7,15 +7,16 @@ r"""Trains every method on the same tasks, steps and batches, and writes a table
     python recipes/measure/compare.py --data_folder DATA --tasks e2e_nlg --model_name_or_path FOLDER \
         --output_dir outputs/compare_e2e_nlg
 
-DATA holds a folder for each task with its JSON lines: sst2/train.jsonl, sst2/test.jsonl and so on, with the columns
-that `TASKS` names. Without a folder, the data of the text classification recipe is compared on.
+DATA holds a folder for each task with JSON lines in the columns that its recipe takes by default: sst2/train.jsonl,
+sst2/test.jsonl and so on. Without `--data_folder`, the methods are compared on the data of text_classification.py.
 
-The learning rate of each method is the best of one grid on rows of the training file that are then trained on again;
-the test file is measured once per seed, with that rate. With `--ablation` plain vectors are compared with one change
-of their recipe at a time, at the rate that was best for them, on those rows again: the test file chooses nothing.
+For each method, the learning rate is chosen from one grid, on rows of the training file that are held out for it. Each
+seed then trains on all training rows at that rate, and is measured once on the test file. With `--ablation`, plain
+vectors are compared with one change of their recipe at a time. Rate and scores then are those of the held-out rows,
+so that the test file decides nothing.
 
-Every run is one of the recipes in a process of its own, on one thread, so that as many run at once as there are cores.
-Runs that are finished are not repeated: the command can be stopped and given again.
+Every run is a recipe in a process of its own, with one thread, and as many run at the same time as there are cores.
+Finished runs are not repeated: the command can be stopped and started again.
 """
 
 import argparse
@@ -38,7 +39,7 @@ DATA = RECIPES / "data"
 
 @dataclass(frozen=True)
 class Task:
-    """A recipe and its data; `options` are the recipe's, the same for every method."""
+    """A recipe and its data. `options` are options of the recipe, the same for every method."""
 
     recipe: str
     metric: str
@@ -58,7 +59,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Method:
-    """What is trained; `options` are those of `MethodArguments`."""
+    """What is trained. `options` are options of the recipe, most of them those of `MethodArguments`."""
 
     name: str
     options: dict
@@ -122,10 +123,10 @@ SPEECH_ACTS = Task("text_classification", "accuracy", "test.jsonl", 300, {"per_d
 
 
 def make_splits(source: Path, folder: Path, task: Task, args: argparse.Namespace) -> None:
-    """Writes the files of a comparison: train, test, and for the learning rate search_train and search_test.
+    """Writes the files of a comparison: train and test, and search_train and search_test for the learning rate.
 
     Raises:
-        ValueError: `folder` holds runs of other settings, which would end in the same table.
+        ValueError: `folder` holds runs with other settings, which do not belong into the same table.
     """
     names = ("model_name_or_path", "num_virtual_tokens", "held_out_rows", "use_cpu")
     settings = {name: getattr(args, name) for name in names}
@@ -164,7 +165,7 @@ def _write_lines(path: Path, lines: list[str]) -> None:
 
 
 def _spread(lines: list[str], count: int) -> list[str]:
-    """At most `count` neighbouring groups of lines, evenly spread: rows of one input or article stay together."""
+    """Returns about `count` lines, in evenly spread groups: neighbours are often rows of one input or article."""
     if len(lines) <= count:
         return lines
     size = 20
@@ -188,7 +189,7 @@ class Run:
 
 
 def train(run: Run, task: Task, args: argparse.Namespace) -> dict | None:
-    """Runs a recipe unless it has been, and returns its `metrics.json`, or `None` if it refused or failed."""
+    """Runs a recipe if that is not done yet. Returns its `metrics.json`, or `None` if the recipe fails."""
     output = Path(args.output_dir)
     folder = run.folder(output)
     error = folder / "error.txt"
@@ -226,7 +227,8 @@ def train(run: Run, task: Task, args: argparse.Namespace) -> dict | None:
             weights.unlink()
         if done.returncode != 0:
             folder.mkdir(parents=True, exist_ok=True)
-            lines = done.stderr.strip().splitlines() if done.returncode > 0 else []  # a signal leaves no reason there
+            # A process that a signal has killed (a status below 0) has written no reason.
+            lines = done.stderr.strip().splitlines() if done.returncode > 0 else []
             error.write_text((lines or [f"ended with status {done.returncode}"])[-1] + "\n", encoding="utf-8")
             print(f"{folder.relative_to(output)}: {error.read_text(encoding='utf-8').strip()}\n", end="", flush=True)
             return None
@@ -236,7 +238,7 @@ def train(run: Run, task: Task, args: argparse.Namespace) -> dict | None:
 
 
 def train_all(runs: list[Run], tasks: dict[str, Task], args: argparse.Namespace) -> dict[Run, dict | None]:
-    """Trains as many at once as there are workers."""
+    """Trains all runs, as many at the same time as there are workers."""
     with ThreadPoolExecutor(args.workers) as pool:
         return dict(zip(runs, pool.map(lambda run: train(run, tasks[run.task], args), runs), strict=True))
 
@@ -244,7 +246,10 @@ def train_all(runs: list[Run], tasks: dict[str, Task], args: argparse.Namespace)
 def search(
     pairs: list[tuple[str, str]], tasks: dict[str, Task], args: argparse.Namespace
 ) -> dict[tuple[str, str], dict[float, list[float]]]:
-    """The scores on held-out rows of each task and method, a list of seeds for each rate; none where it refuses."""
+    """Returns the scores on the held-out rows by task and method: a list, one score per seed, for each rate.
+
+    Rates at which a recipe fails are left out.
+    """
     runs = [
         Run(task, method, rate, seed, True)
         for task, method in pairs
@@ -289,7 +294,7 @@ def _measure(
     tasks: dict[str, Task],
     args: argparse.Namespace,
 ) -> list[dict]:
-    """A row for each task and method of `rates`, trained at its rate with each of the seeds."""
+    """Trains each task and method of `rates` at its rate with all seeds, and returns a row for each."""
     seeds = {task: range(args.seeds or tasks[task].seeds) for task in tasks}
     runs = {
         (task, method): [Run(task, method, rate, seed, is_search) for seed in seeds[task]]
@@ -322,7 +327,10 @@ def _read_error(task: str, method: str, args: argparse.Namespace) -> str:
 
 
 def make_table(rows: list[dict]) -> str:
-    """The rows as Markdown: mean ± standard deviation of the seeds, the worst, and how far from the head to LoRA."""
+    """Writes the rows as Markdown: mean ± standard deviation of the seeds, and the worst.
+
+    "head → LoRA" says how much of the way from the score of the head alone to that of LoRA a method goes.
+    """
     lines = [
         "| task | method | mean ± std (worst) of seeds | head → LoRA | learning rate | trained | deployed |",
         "|---|---|---|---|---|---|---|",
@@ -335,7 +343,7 @@ def make_table(rows: list[dict]) -> str:
             continue
         scores = row["scores"]
         head, lora = (by_key.get((row["task"], method), {}) for method in ("head", "lora"))
-        # Without a head to train the way begins at the model itself, which LoRA computes before it is trained.
+        # If the task has no head to train, the way begins at the score of the untrained model: LoRA's before training.
         start = head.get("scores") or ("error" in head and lora.get("scores_before"))
         way = ""
         if start and "scores" in lora and mean(lora["scores"]) != mean(start):
@@ -348,7 +356,7 @@ def make_table(rows: list[dict]) -> str:
 
 
 def make_ablation_table(rows: list[dict]) -> str:
-    """The rows as Markdown, a column per task: mean ± standard deviation of the seeds and the worst."""
+    """Writes the rows as Markdown, with a column per task: mean ± standard deviation of the seeds, and the worst."""
     plain = [row for row in rows if row["method"] == "ptuning"]
     columns = {row["task"]: f"{row['task']}, {row['metric']}, rate {row['learning_rate']:g}" for row in plain}
     cells = {(row["task"], row["method"]): row.get("error") or _describe(row["scores"]) for row in rows}
@@ -364,7 +372,7 @@ def _describe(scores: list[float]) -> str:
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """Draws a point per seed and a bar at the mean, a panel per task."""
+    """Draws a panel per task, with a point for each seed and a bar at their mean."""
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     figure = Figure(figsize=(1 + 3 * len(tasks), 4), layout="constrained")
     for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
@@ -380,24 +388,26 @@ def plot(rows: list[dict], path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data_folder", type=Path, help="Folder that holds a folder for each task.")
     parser.add_argument(
-        "--data_folder", type=Path, help="Folder with a folder per task. Default: data of the recipes."
-    )
-    parser.add_argument(
-        "--tasks", nargs="+", choices=TASKS, help="Tasks of the data folder. Default: all but e2e_nlg."
+        "--tasks", nargs="+", choices=TASKS, help="Tasks of the data folder. Default: all except e2e_nlg."
     )
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="Default: all.")
+    parser.add_argument("--ablation", action="store_true", help="Compare changes of the training of plain vectors.")
+    parser.add_argument("--model_name_or_path", help="Backbone. Default: that of each recipe.")
     parser.add_argument(
-        "--ablation", action="store_true", help="Compare changes of this package's recipe, on held-out rows."
+        "--learning_rates", nargs="+", type=float, help="Grid of learning rates. Default: that of the task."
     )
-    parser.add_argument("--model_name_or_path", help="Backbone. Default: each recipe's own.")
-    parser.add_argument("--learning_rates", nargs="+", type=float, help="What is searched. Default: the task's.")
     parser.add_argument("--num_virtual_tokens", type=int, default=20)
-    parser.add_argument("--seeds", type=int, help="Seeds per method. Default: the task's, 3 or 5.")
-    parser.add_argument("--search_seeds", type=int, help="Seeds per learning rate. Default: the task's, 1 or 3.")
-    parser.add_argument("--max_steps", type=int, help="Optimizer steps. Default: the task's.")
-    parser.add_argument("--held_out_rows", type=int, default=500, help="Training rows kept for the learning rate.")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="Runs at the same time.")
+    parser.add_argument("--seeds", type=int, help="Seeds per method. Default: those of the task, 3 or 5.")
+    parser.add_argument(
+        "--search_seeds", type=int, help="Seeds per learning rate. Default: those of the task, 1 or 3."
+    )
+    parser.add_argument("--max_steps", type=int, help="Optimizer steps. Default: those of the task.")
+    parser.add_argument(
+        "--held_out_rows", type=int, default=500, help="Training rows that are held out to choose the rate."
+    )
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="Number of runs at the same time.")
     parser.add_argument("--use_cpu", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--output_dir", default="outputs/compare")
     args = parser.parse_args(argv)

@@ -1,34 +1,26 @@
 # SPDX-FileCopyrightText: 2026 The peft_ptuning_ext authors
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark from end to end on tiny models: what it writes is what it measured. No test asks how fast."""
+"""The benchmark from end to end on tiny models: it writes what it has measured. No test asks how fast."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
+import benchmark
+import benchmark_cases
+import benchmark_report
+import benchmark_runs
 import numpy as np
 import pytest
 import torch
+from tiny_recipes import RECIPES
 from transformers import GPT2Config, GPT2LMHeadModel
 
 
-FILE = Path(__file__).resolve().parents[2] / "recipes" / "measure" / "benchmark.py"
 POSITION_IDS = "Position ids are not supported for parameter efficient tuning"
+RESULTS = RECIPES / "measure" / "results"
 
 
-@pytest.fixture(scope="module")
-def benchmark():
-    """benchmark.py as a module; recipes are no package."""
-    spec = importlib.util.spec_from_file_location("benchmark", FILE)
-    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
-
-
-def run(benchmark, folder, **arguments):
+def run(folder, **arguments):
     """Runs the recipe and returns its folder, report and tables."""
     settings = {"model_size": "tiny", "device": "cpu", "rounds": 2, "warmup": 1, "output_dir": folder, **arguments}
     argv = []
@@ -65,9 +57,8 @@ def as_cell(ratios):
 
 
 @pytest.fixture(scope="module")
-def done(benchmark, tmp_path_factory):
+def done(tmp_path_factory):
     return run(
-        benchmark,
         tmp_path_factory.mktemp("done"),
         batch_sizes=[1, 2],
         text_lengths=[8],
@@ -107,27 +98,27 @@ def test_tables_are_ratios_of_what_was_measured(done):
     assert limits == ["1.375", "1.188"]  # 1 + V / (B · S)
 
 
-def test_absolute_values_are_written_on_a_gpu_only(done, benchmark):
+def test_absolute_values_are_written_on_a_gpu_only(done):
     assert " ms" not in (done.folder / "benchmark.md").read_text(encoding="utf-8")
     report = {**done.report, "settings": {**done.report["settings"], "device": "cuda"}}
     result = find(done.report, "prefill", "ptuning", 2)
     absolute = f"{1000 * np.median(result['raw']):.2f} ms, "
-    assert absolute + benchmark.write_cell(result) in benchmark.write_tables(report)
+    assert absolute + benchmark_report.write_cell(result) in benchmark_report.write_tables(report)
 
 
-def test_check_compares_with_the_concatenation(done, benchmark, tmp_path, monkeypatch):
+def test_check_compares_with_the_concatenation(done, tmp_path, monkeypatch):
     assert len(done.report["checks"]) == 2
     assert all(entry["difference"] < 1e-5 < 1e-2 < entry["effect_of_the_prompt"] for entry in done.report["checks"])
-    monkeypatch.setitem(benchmark.TOLERANCE, "float32", -1.0)
+    monkeypatch.setitem(benchmark_runs.TOLERANCE, "float32", -1.0)
     with pytest.raises(RuntimeError, match="differ from the base model's on the concatenation"):
-        run(benchmark, tmp_path / "none", shapes=["1,8,3"], methods=["ptuning"], measures=["prefill"])
+        run(tmp_path / "none", shapes=["1,8,3"], methods=["ptuning"], measures=["prefill"])
 
 
 @pytest.mark.filterwarnings(f"ignore:{POSITION_IDS}:UserWarning")
-def test_tokens_per_second_is_a_rate(benchmark, tmp_path, monkeypatch):
-    monkeypatch.setattr(benchmark.generate, "__defaults__", (4,))
+def test_tokens_per_second_is_a_rate(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark_cases.generate, "__defaults__", (4,))
     methods = ["ptuning", "peft_ptuning"]
-    done = run(benchmark, tmp_path, shapes=["2,8,3"], methods=methods, measures=["tokens_per_second"])
+    done = run(tmp_path, shapes=["2,8,3"], methods=methods, measures=["tokens_per_second"])
     base, this, stock = (
         np.array(find(done.report, "tokens_per_second", method, 2)["raw"]) for method in ("base", *methods)
     )
@@ -136,8 +127,8 @@ def test_tokens_per_second_is_a_rate(benchmark, tmp_path, monkeypatch):
     assert row["this ÷ PEFT P-tuning"] == as_cell(stock / this)
 
 
-def test_memory_is_measured_in_other_processes(benchmark, tmp_path):
-    done = run(benchmark, tmp_path, shapes=["8,64,32"], methods=["peft_ptuning"], measures=["train_memory"])
+def test_memory_is_measured_in_other_processes(tmp_path):
+    done = run(tmp_path, shapes=["8,64,32"], methods=["peft_ptuning"], measures=["train_memory"])
     (base,), (stock,) = (find(done.report, "train_memory", method, 8)["raw"] for method in ("base", "peft_ptuning"))
     logits = 8 * 64 * 512 * 4
     assert logits < base < stock < 100 * logits
@@ -146,11 +137,10 @@ def test_memory_is_measured_in_other_processes(benchmark, tmp_path):
     assert (tmp_path / "train_memory.png").exists()
 
 
-def test_failing_method_is_written_down_and_the_rest_is_kept(benchmark, tmp_path):
+def test_failing_method_is_written_down_and_the_rest_is_kept(tmp_path):
     config = GPT2Config(n_layer=2, n_embd=32, n_head=2, vocab_size=99, bos_token_id=1, eos_token_id=2)
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "model")  # its attention has no q_proj
     done = run(
-        benchmark,
         tmp_path / "output",
         model_name_or_path=tmp_path / "model",
         shapes=["2,8,3", "1,8,3"],
@@ -170,31 +160,31 @@ def test_failing_method_is_written_down_and_the_rest_is_kept(benchmark, tmp_path
     assert "(B 2, S 8, V 3), (B 1, S 8, V 3)" in text
 
 
-def test_method_that_fails_in_a_step(benchmark, tmp_path, monkeypatch):
+def test_method_that_fails_in_a_step(tmp_path, monkeypatch):
     def fail(model, inputs, labels):
         if model.prompt_length == 3:
             raise MemoryError("too\nlarge")
 
     args = SimpleNamespace(rounds=2, warmup=1, seed=0, device="cpu")
-    measure = benchmark.Measure("some step", fail)
+    measure = benchmark_cases.Measure("some step", fail)
     models = {name: torch.nn.Linear(1, 1) for name in ("base", "ptuning", "lora")}
     for name, model in models.items():
         model.prompt_length = 3 if name == "lora" else 0
-    seconds, errors = benchmark.time_methods(measure, models, ({}, None), args)
+    seconds, errors = benchmark_runs.time_methods(measure, models, ({}, None), args)
     assert {name: len(values) for name, values in seconds.items()} == {"base": 2, "ptuning": 2}
     assert errors == {"lora": "MemoryError: too"}
     models["ptuning"].prompt_length = 3
     with pytest.raises(MemoryError):
-        benchmark.time_methods(measure, models, ({}, None), args)
+        benchmark_runs.time_methods(measure, models, ({}, None), args)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "bert"])
-def test_floor_passes_gradients_to_the_embeddings(benchmark, architecture):
-    args = benchmark.BenchmarkArguments(architecture=architecture, model_size="tiny", device="cpu")
-    base = benchmark.load_base(args)
+def test_floor_passes_gradients_to_the_embeddings(architecture):
+    args = benchmark_cases.BenchmarkArguments(architecture=architecture, model_size="tiny", device="cpu")
+    base = benchmark_runs.load_base(args)
     seen = []
     base.get_input_embeddings().register_forward_hook(lambda module, args, output: seen.append(output))
-    benchmark.train_step(base.train(), *benchmark.make_batch(base, benchmark.Shape(2, 8, 3), args))
+    benchmark_cases.train_step(base.train(), *benchmark_runs.make_batch(base, benchmark_cases.Shape(2, 8, 3), args))
     (embeds,) = seen
     assert embeds.shape == embeds.grad.shape == (2, 8, 64)
     assert embeds.grad.abs().sum(-1)[:, :-1].min() > 0  # the last token predicts none
@@ -202,13 +192,13 @@ def test_floor_passes_gradients_to_the_embeddings(benchmark, architecture):
 
 
 @pytest.mark.parametrize("method", ["ptuning", "peft_ptuning", "peft_prompt_tuning", "peft_prefix", "lora"])
-def test_adapted_models_share_the_weights_of_the_base(benchmark, method):
-    args = benchmark.BenchmarkArguments(model_size="tiny", device="cpu")
-    base = benchmark.load_base(args)
-    model = benchmark.adapt(base, method, 3, args)
+def test_adapted_models_share_the_weights_of_the_base(method):
+    args = benchmark_cases.BenchmarkArguments(model_size="tiny", device="cpu")
+    base = benchmark_runs.load_base(args)
+    model = benchmark_runs.adapt(base, method, 3, args)
     shared = {parameter.data_ptr() for parameter in base.parameters()}
     assert shared <= {parameter.data_ptr() for parameter in model.parameters()}
-    benchmark.train_step(model.train(), *benchmark.make_batch(base, benchmark.Shape(2, 8, 3), args))
+    benchmark_cases.train_step(model.train(), *benchmark_runs.make_batch(base, benchmark_cases.Shape(2, 8, 3), args))
     trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
     assert trained
     assert not shared & {parameter.data_ptr() for parameter in trained}
@@ -216,9 +206,9 @@ def test_adapted_models_share_the_weights_of_the_base(benchmark, method):
     assert not any("lora" in name or "prompt" in name for name, _ in base.named_modules())
 
 
-def test_encoder(benchmark, tmp_path):
+def test_encoder(tmp_path):
     measures = ["train_step", "forward"]
-    done = run(benchmark, tmp_path, architecture="bert", shapes=["2,8,4"], measures=measures)
+    done = run(tmp_path, architecture="bert", shapes=["2,8,4"], measures=measures)
     assert done.report["settings"]["methods"] == ["base", "ptuning", "peft_ptuning"]
     assert all("raw" in result for result in done.report["results"])
     ((train,), (_,)) = done.tables.values()
@@ -240,15 +230,23 @@ def test_encoder(benchmark, tmp_path):
         ({"device": "abacus"}, "`--device` is cpu or cuda, got 'abacus'"),
     ],
 )
-def test_bad_arguments_are_refused_before_anything_runs(benchmark, tmp_path, monkeypatch, arguments, message):
-    monkeypatch.setattr(benchmark, "load_base", None)
+def test_bad_arguments_are_refused_before_anything_runs(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.setattr("load_base", None)
     with pytest.raises(ValueError, match=message):
-        run(benchmark, tmp_path / "output", **arguments)
+        run(tmp_path / "output", **arguments)
     assert not (tmp_path / "output").exists()
 
 
-def test_sizes_default_to_the_target_shapes_or_the_whole_grid(benchmark):
-    shapes = benchmark.complete(benchmark.BenchmarkArguments())
+def test_sizes_default_to_the_target_shapes_or_the_whole_grid():
+    shapes = benchmark_cases.complete(benchmark_cases.BenchmarkArguments())
     assert shapes == [(16, 32, 100), (16, 64, 50), (16, 128, 20), (1, 128, 20)]
-    shapes = benchmark.complete(benchmark.BenchmarkArguments(prompt_lengths=[20]))
+    shapes = benchmark_cases.complete(benchmark_cases.BenchmarkArguments(prompt_lengths=[20]))
     assert shapes == [(b, s, 20) for b in (1, 4, 16, 32) for s in (32, 128, 512)]
+
+
+def test_committed_tables_are_what_the_committed_numbers_say():
+    files = sorted(RESULTS.glob("benchmark*/benchmark.json"))
+    assert len(files) == 3
+    for file in files:
+        report = json.loads(file.read_text(encoding="utf-8"))
+        assert benchmark_report.write_tables(report) == file.with_suffix(".md").read_text(encoding="utf-8")

@@ -209,6 +209,18 @@ def test_the_table():
     assert "%|" not in compare.make_table(rows).replace(" ", "").splitlines()[2]
 
 
+def test_committed_tables_are_what_the_committed_numbers_say():
+    results = RECIPES / "measure" / "results"
+    files = sorted(results.glob("compare*/compare.json"))
+    assert len(files) == 2
+    for file in files:
+        table = compare.make_table(json.loads(file.read_text(encoding="utf-8")))
+        assert table + "\n" == file.with_suffix(".md").read_text(encoding="utf-8")
+    file = results / "compare" / "ablation.json"
+    table = compare.make_ablation_table(json.loads(file.read_text(encoding="utf-8")))
+    assert table + "\n" == file.with_suffix(".md").read_text(encoding="utf-8")
+
+
 def test_recipes_are_run_in_processes_of_their_own(data, tmp_path, monkeypatch):
     shorten(monkeypatch)
     seen = []
