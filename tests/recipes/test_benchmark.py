@@ -231,7 +231,7 @@ def test_encoder(tmp_path):
     ],
 )
 def test_bad_arguments_are_refused_before_anything_runs(tmp_path, monkeypatch, arguments, message):
-    monkeypatch.setattr("load_base", None)
+    monkeypatch.setattr(benchmark, "load_base", None)
     with pytest.raises(ValueError, match=message):
         run(tmp_path / "output", **arguments)
     assert not (tmp_path / "output").exists()
