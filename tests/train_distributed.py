@@ -22,7 +22,7 @@ from peft import PeftModel, get_peft_model
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainingArguments
 
-from peft_ptuning_ext import PromptMonitor, PTuningConfig
+from peft_ptuning_ext import PromptMonitor, PTuningConfig, make_model_card
 
 
 STEPS = 4
@@ -95,6 +95,7 @@ def train_by_hand(family: str, folder: Path) -> dict:
         "logits": logits,
         "gradients": gradients,
         "route": route,
+        "card": make_model_card(adapted, "adapter").text,
         "is_sharded": is_sharded(adapted),
     }
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Optional
 
+import torch
 from huggingface_hub import ModelCard
 from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
@@ -41,10 +42,26 @@ def make_model_card(
         ValueError: The model has no such adapter.
     """
     adapter = find_adapter(model, adapter_name)
-    state = get_peft_model_state_dict(model, adapter_name=adapter.name, save_embedding_layers=False)
+    state = get_peft_model_state_dict(
+        model, state_dict=_without_values(model), adapter_name=adapter.name, save_embedding_layers=False
+    )
     shapes = {key: tuple(value.shape) for key, value in state.items()}
-    size = len(save({key: value.contiguous() for key, value in state.items()}, metadata={"format": "pt"}))
+    zeros = {key: torch.zeros(value.shape, dtype=value.dtype) for key, value in state.items()}
+    size = len(save(zeros, metadata={"format": "pt"}))
     card = ModelCard("---\n{}\n---\n")
     card.data.license = license
     fill_card(card, name, adapter.config, adapter.base_model_name, shapes, size, metrics)
     return card
+
+
+def _without_values(model: PeftModel) -> dict[str, torch.Tensor]:
+    """The state dict on the meta device. A card needs shapes only, and one process may hold a part of the values.
+
+    Tensors of FSDP2 have the shape of the whole. DeepSpeed ZeRO-3 leaves empty tensors with the shape as `ds_shape`.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return {
+        key: torch.empty(getattr(parameters.get(key), "ds_shape", value.shape), dtype=value.dtype, device="meta")
+        for key, value in model.state_dict().items()
+        if isinstance(value, torch.Tensor)
+    }

@@ -22,6 +22,8 @@ from peft import PeftModel
 from tiny_recipes import as_words, read_rows, save_backbone, write_rows
 from train_distributed import CASES, DEADLINE, TRAINED, collate, make_adapted, make_base, make_rows
 
+from peft_ptuning_ext import make_model_card
+
 
 HERE = Path(__file__).resolve().parents[1]
 CONFIGS = HERE.parent / "recipes" / "accelerate"
@@ -68,6 +70,7 @@ def test_two_processes_train_as_one(config, family, tmp_path) -> None:
             torch.testing.assert_close(result["logits"], alone["logits"], rtol=1e-5, atol=1e-5)
             for key in {"gradients", "losses", "watched"} & alone.keys():
                 torch.testing.assert_close(result[key], alone[key], rtol=1e-5, atol=1e-6)
+            assert result.get("card") == alone.get("card")
             if "route" in result:
                 assert (result["route"] == "shared") == (family == "Llama" and not is_sharded)
 
@@ -89,6 +92,15 @@ def test_weights_of_zero_3_are_not_read_twice(monkeypatch) -> None:
     model.get_submodule("base_model.model.model.layers.1.mlp.up_proj").weight.ds_id = 0
     assert model.prompt_route.startswith("concatenated: its weights are spread over processes")
     torch.testing.assert_close(model(**batch).loss, expected, rtol=0, atol=1e-5)
+
+
+def test_a_card_is_written_from_sizes_where_zero_3_has_partitioned_the_weights() -> None:
+    model = make_adapted("BERT")
+    expected = make_model_card(model, "adapter").text
+    for parameter in model.parameters():
+        parameter.ds_shape = parameter.shape
+        parameter.data = parameter.new_empty(0)
+    assert make_model_card(model, "adapter").text == expected
 
 
 KINDS = {
