@@ -10,7 +10,7 @@ from pathlib import Path
 
 TRAIN_ROWS, TEST_ROWS = 600, 200
 
-# Sentences of the two splits share no template, and a half of what fills those of the test split is new.
+# The two splits share no template, and half of the values that fill the templates of the test split are new.
 TRAIN_TEMPLATES = [
     "I need a train from {origin} to {destination} {date} .",
     "Is there a bus to {destination} that leaves {origin} {date} ?",
@@ -96,12 +96,12 @@ CLOSINGS = ["", "", "", "", " Thanks !", " Is that right ?", " It is urgent .", 
 
 
 def choose(rng: random.Random, names: tuple[str, str], is_test: bool, separator: str = ",") -> str:
-    """A name; half of those of the test split are from the second list."""
+    """Draws a name. In the test split, half of the names are from the second list."""
     return rng.choice(names[is_test and rng.random() < 0.5].split(separator))
 
 
 def fill(rng: random.Random, template: str, is_test: bool) -> dict:
-    """Returns one row, with the name of each slot as the tag of what fills it."""
+    """Returns one row. The words that fill a slot have the name of the slot as their tag."""
     tokens, tags, places = [], [], []
     words = (rng.choice(OPENINGS) + template + rng.choice(CLOSINGS)).split()
     for word in words:
@@ -126,7 +126,7 @@ def fill(rng: random.Random, template: str, is_test: bool) -> dict:
 
 
 def generate(rng: random.Random, templates: list[str], count: int, is_test: bool) -> list[dict]:
-    """Returns rows without repetition, in which every template has about as many."""
+    """Returns different rows, with about equally many of each template."""
     rows = {}
     while len(rows) < count:
         row = fill(rng, templates[len(rows) % len(templates)], is_test)

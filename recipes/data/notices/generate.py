@@ -12,8 +12,8 @@ TRAIN_NOTICES, TEST_NOTICES = 150, 50
 QUESTIONS = 4  # per notice
 UNANSWERABLE = 0.15  # share of the questions
 
-# What each kind of fact is said with and asked by: sentences and questions of the two splits are different ones, and
-# half of the values of the test split are new. {event} comes without an article.
+# For each kind of fact, the sentences that state it and the questions that ask for it. The two splits have different
+# sentences and questions, and half of the values of the test split are new. {event} comes without an article.
 TITLES = (
     [
         "The {event} is back .",
@@ -110,18 +110,18 @@ VALUES = {
 
 
 def choose(rng: random.Random, values: tuple[str, str], is_test: bool) -> str:
-    """A value; half of those of the test split are from the second list."""
+    """Draws a value. In the test split, half of the values are from the second list."""
     return rng.choice(values[is_test and rng.random() < 0.5].split(","))
 
 
 def tidy(text: str) -> str:
-    """A sentence without the spaces that keep the templates readable, beginning with a capital."""
+    """Removes the spaces before punctuation marks, and makes the first letter a capital."""
     text = text.replace(" .", ".").replace(" ?", "?").replace(" !", "!")
     return text[0].upper() + text[1:]
 
 
 def make_notice(rng: random.Random, is_test: bool) -> list[dict]:
-    """The questions on one notice, which says four or five of the facts in any order."""
+    """Returns the questions on one notice, which states four or five facts in any order."""
     event = choose(rng, EVENTS, is_test)
     kinds = rng.sample(list(FACTS), 5)
     told = kinds[: rng.choice([4, 5])]

@@ -9,14 +9,14 @@ from rouge_score.rouge_scorer import RougeScorer
 
 
 class BleuRouge(evaluate.Metric):
-    """How near generated texts are to one or more references each; all three from 0 to 100."""
+    """Compares each generated text with one or more references. The three scores go from 0 to 100."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
-            description="Corpus BLEU by sacrebleu; ROUGE-L (F1) by rouge-score and exact match, means over the texts, "
-            "of the reference that is nearest.",
+            description="Corpus BLEU by sacrebleu. ROUGE-L (F1) by rouge-score and exact match: means over the texts, "
+            "for each of which its best reference counts.",
             citation="",
-            inputs_description="predictions: texts. references: a list of texts for each, as many as there are.",
+            inputs_description="predictions: texts. references: a list of one or more texts for each prediction.",
             features=datasets.Features(
                 {
                     "predictions": datasets.Value("string"),

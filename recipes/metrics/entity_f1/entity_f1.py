@@ -8,7 +8,7 @@ from seqeval.metrics.sequence_labeling import accuracy_score, precision_recall_f
 
 
 class EntityF1(evaluate.Metric):
-    """An entity counts as found where its first word, last word and kind are all right; accuracy is that of words."""
+    """An entity is found if its first word, its last word and its kind are right. Accuracy is that of the words."""
 
     def _info(self) -> evaluate.MetricInfo:
         tags = datasets.List(datasets.Value("string"))

@@ -11,9 +11,9 @@ import evaluate
 
 
 class SquadF1(evaluate.Metric):
-    """The share of answers that are right, and how many of their words are; of several references the nearest counts.
+    """The share of answers that are right, and the mean F1 of their words. Of several references the best one counts.
 
-    Case, punctuation, articles and spaces don't count. Where a question has no answer, only "" is right.
+    Case, punctuation, articles and spaces are ignored. If a question has no answer, only "" is right.
     """
 
     def _info(self) -> evaluate.MetricInfo:
@@ -21,7 +21,7 @@ class SquadF1(evaluate.Metric):
         return evaluate.MetricInfo(
             description="Exact match and F1 of words, as defined for SQuAD 1.1 and 2.0; between 0 and 1.",
             citation="",
-            inputs_description="predictions: one answer per question. references: a list of right ones, maybe empty.",
+            inputs_description="predictions: an answer per question. references: a list of right answers, or none.",
             features=datasets.Features({"predictions": text, "references": datasets.List(text)}),
         )
 
