@@ -135,9 +135,8 @@ class BenchmarkArguments:
     )
     seed: int = field(default=42, metadata={"help": "Seed of weights, texts and the order within a round."})
     output_dir: str = field(default="outputs/benchmark", metadata={"help": "Folder for numbers, tables and plots."})
-    memory_of: str | None = field(
-        default=None, metadata={"help": argparse.SUPPRESS}
-    )  # set in a child process: what it measures
+    # Set in a child process only: what that process measures.
+    memory_of: str | None = field(default=None, metadata={"help": argparse.SUPPRESS})
 
 
 def complete(args: BenchmarkArguments) -> list[Shape]:

@@ -48,7 +48,7 @@ def find_model(name_or_path: str) -> str:
 def load_tokenizer(name: str, config: PretrainedConfig, **options) -> PreTrainedTokenizerBase:
     """Loads a tokenizer that has a padding token, which the model's config gets as well.
 
-    Decoders often come without a padding token; the end token pads then, and the attention mask hides it.
+    Decoders often come without a padding token. The end token then takes its place, and the attention mask hides it.
 
     Raises:
         ValueError: The tokenizer has neither a padding nor an end token.

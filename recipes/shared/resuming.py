@@ -44,7 +44,8 @@ def _is_whole(folder: Path, processes: int) -> bool:
     except (OSError, ValueError, SafetensorError):
         return False
     pickles = [folder / name for name in rng_states] + [path for path in folder.rglob("*.pt*") if path.is_file()]
-    return all(is_zipfile(path) for path in pickles)  # torch writes zip files, whose directory is at the end
+    # torch writes zip files. Their directory is at the end, so that a file which was cut off has none.
+    return all(is_zipfile(path) for path in pickles)
 
 
 def find_checkpoint(args: TrainingArguments, are_whole: bool = False) -> str | None:
