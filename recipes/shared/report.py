@@ -197,11 +197,10 @@ def make_card(model: PreTrainedModel | PeftModel, name: str, results: dict, outc
     if outcome.method.method == "ptuning":
         card = make_model_card(model, name)
     else:
-        card = _make_short_card(model, name, results)
+        card = _make_short_card(model, name, results, outcome.task)
     data = outcome.data
     data_name = data.dataset_name or (Path(data.train_file).stem if data.train_file else "the recipe's own data")
     metrics = {key: value for key, value in results["after"].items() if isinstance(value, (int, float))}
-    card.data.pipeline_tag = card.data.pipeline_tag or outcome.task
     card.data.datasets = [data.dataset_name] if data.dataset_name else None
     card.data.metrics = list(metrics)
     card.data.model_name = name
@@ -228,10 +227,11 @@ def make_card(model: PreTrainedModel | PeftModel, name: str, results: dict, outc
     return card
 
 
-def _make_short_card(model: PreTrainedModel | PeftModel, name: str, results: dict) -> ModelCard:
+def _make_short_card(model: PreTrainedModel | PeftModel, name: str, results: dict, task: str) -> ModelCard:
     """The card of a method that prompts are compared with."""
     card = ModelCard("---\n{}\n---\n")
     card.data.library_name = "peft" if isinstance(model, PeftModel) else "transformers"
+    card.data.pipeline_tag = task
     base_model = model.config._name_or_path
     if not Path(base_model).exists():  # the name of a folder means nothing to others
         card.data.base_model = base_model
