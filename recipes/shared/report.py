@@ -216,9 +216,9 @@ def make_card(model: PreTrainedModel | PeftModel, name: str, results: dict, outc
     ]
     before = {key: f"{value:.4f}" for key, value in results["before"].items()}
     rows = [f"| {key} | {before.get(key, '')} | {value:.4f} |" for key, value in metrics.items()]
-    card.text += "\n".join(
+    card.text = card.text.rstrip() + "\n".join(
         [
-            "\n## Training\n",
+            "\n\n## Training\n",
             f"`--method {outcome.method.method}` on a frozen model, data: {data_name}.\n",
             *("```bash", _without_token(outcome.command), "```\n"),
             *("| | before training | after |", "|---|---|---|", *rows, ""),

@@ -215,7 +215,7 @@ def test_other_methods_train_the_same_thing(tiny, tmp_path, method, trained_name
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.pipeline_tag == "text-classification"
     assert card.data.library_name == ("transformers" if method == "head" else "peft")
-    assert card.text.count("## Training") == 1
+    assert card.text.count("\n\n## Training\n\n") == 1
     assert f"`--method {method}` on a frozen model" in card.text
     assert f"{done.metrics['trained_parameters']:,} parameters were trained" in card.text
 
@@ -301,6 +301,7 @@ def test_model_card_is_the_packages_and_says_how_it_was_trained(tiny, trained, m
     assert (card.data.library_name, card.data.pipeline_tag) == ("peft", "text-classification")
     assert {"p-tuning", "peft_ptuning_ext"} <= set(card.data.tags)
     assert "| prompt | 4 vectors of 32, encoder `NONE` |" in card.text
+    assert card.text.count("\n\n## Training\n\n") == 1
     before, after = metrics["before"]["accuracy"], metrics["after"]["accuracy"]
     assert f"| accuracy | {before:.4f} | {after:.4f} |" in card.text
     command = re.search(r"```bash\n(.*?)\n```", card.text, flags=re.DOTALL)[1]
