@@ -36,7 +36,7 @@ from pathlib import Path
 
 import torch
 from benchmark_cases import MEASURES, BenchmarkArguments, Shape, complete
-from benchmark_report import describe_machine, save, summarise
+from benchmark_report import describe_machine, plot, save, summarise
 from benchmark_runs import adapt, check, failure, load_base, make_batch, measure_memory, peak_memory, time_methods
 from tqdm import tqdm
 from transformers import HfArgumentParser
@@ -44,6 +44,10 @@ from transformers import HfArgumentParser
 
 def main(argv: list[str] | None = None) -> None:
     (args,) = HfArgumentParser(BenchmarkArguments).parse_args_into_dataclasses(args=argv)
+    if args.plot_folder:
+        folder = Path(args.plot_folder)
+        plot(json.loads((folder / "benchmark.json").read_text(encoding="utf-8")), folder)
+        return
     task = json.loads(args.memory_of) if args.memory_of else None
     args = BenchmarkArguments(**task["settings"]) if task else args
     shapes = complete(args)

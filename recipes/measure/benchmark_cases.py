@@ -136,6 +136,7 @@ class BenchmarkArguments:
     seed: int = field(default=42, metadata={"help": "Seed of weights, texts and the order within a round."})
     output_dir: str = field(default="outputs/benchmark", metadata={"help": "Folder for numbers, tables and plots."})
     # Set in a child process only: what that process measures.
+    plot_folder: str | None = field(default=None, metadata={"help": "Plot the run in this folder again, and stop."})
     memory_of: str | None = field(default=None, metadata={"help": argparse.SUPPRESS})
 
 

@@ -13,11 +13,14 @@ import peft
 import torch
 import transformers
 from benchmark_cases import MEASURES, METHODS, NEW_TOKENS, BenchmarkArguments, Shape
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from transformers import PreTrainedModel
 
 
 AXES = {"batch_size": "batch size B", "text_length": "text length S", "prompt_length": "prompt length V"}
+# What the picture of a whole run shows side by side.
+OVERVIEW = ("train_step", "first_token", "train_memory")
 
 
 def quartiles(values: np.ndarray | list) -> list[float]:
@@ -175,26 +178,51 @@ def plot_lines(axis: str, name: str, report: dict, path: Path) -> None:
     finish(figure, name, report, path)
 
 
+def draw_bars(axes: Axes, rows: list[tuple[Shape, dict[str, dict]]], methods: list[str]) -> None:
+    """Draws ratios to the base as bars, with a group for each shape and a colour for each method."""
+    width = 0.8 / max(len(methods), 5)
+    for j, method in enumerate(methods):
+        x = np.arange(len(rows)) + (j - (len(methods) - 1) / 2) * width
+        # A method that fails has no bar.
+        heights = [row[method].get("to_base", [0, 0])[1] for _, row in rows]
+        axes.bar(x, heights, 0.92 * width, label=METHODS[method].label, color=METHODS[method].colour)
+    axes.set_xticks(range(len(rows)), [str(shape).replace(", ", "\n") for shape, _ in rows])
+    axes.axhline(1, color="black", linestyle="--", linewidth=1, label="base")
+    axes.grid(axis="y", alpha=0.25)
+    axes.set_axisbelow(True)
+
+
 def plot_bars(name: str, report: dict, path: Path) -> None:
-    """Plots a measure as bars, with a group for each shape."""
+    """Plots a measure as bars, with a group for each shape, at most twelve in a line."""
     rows, per_line = list(select(report, name).items()), 12
     methods = [method for method in report["settings"]["methods"] if method != "base"]
-    lines, width = -(-len(rows) // per_line), 0.8 / max(len(methods), 5)
+    lines = -(-len(rows) // per_line)
     figure = Figure(figsize=(max(6.5, 1.1 * min(len(rows), per_line)), 2.8 * lines + 1.3), layout="constrained")
     grid = figure.subplots(lines, 1, squeeze=False, sharey=True).flatten()
     for i, axes in enumerate(grid):
-        shown = rows[i * per_line : (i + 1) * per_line]
-        for j, method in enumerate(methods):
-            x = np.arange(len(shown)) + (j - (len(methods) - 1) / 2) * width
-            # A method that fails has no bar.
-            heights = [row[method].get("to_base", [0, 0])[1] for _, row in shown]
-            axes.bar(x, heights, 0.92 * width, label=METHODS[method].label, color=METHODS[method].colour)
-        axes.set_xticks(range(len(shown)), [str(shape).replace(", ", "\n") for shape, _ in shown])
+        draw_bars(axes, rows[i * per_line : (i + 1) * per_line], methods)
         axes.set(xlim=(-0.6, min(len(rows), per_line) - 0.4), ylabel="ratio to the base")
-        axes.axhline(1, color="black", linestyle="--", linewidth=1, label="base")
-        axes.grid(axis="y", alpha=0.25)
-        axes.set_axisbelow(True)
     finish(figure, name, report, path)
+
+
+def plot_overview(report: dict, path: Path) -> None:
+    """Plots the measures of `OVERVIEW` side by side; there is no plot if one is missing or there are many shapes."""
+    measured = [list(select(report, name).items()) for name in OVERVIEW]
+    if not all(0 < len(rows) <= 6 for rows in measured):
+        return
+    methods = [method for method in report["settings"]["methods"] if method != "base"]
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    grid = figure.subplots(1, len(OVERVIEW), sharey=True)
+    for axes, name, rows in zip(grid, OVERVIEW, measured):
+        draw_bars(axes, rows, methods)
+        axes.set_title(MEASURES[name].title, fontsize=11)
+    grid[0].set_ylabel("ratio to the base")
+    handles, labels = grid[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
+    figure.suptitle(
+        f"Relative to the base without a prompt (less is better)\n{report['machine']['title']}", fontsize=11
+    )
+    figure.savefig(path, dpi=150)
 
 
 def finish(figure: Figure, name: str, report: dict, path: Path) -> None:
@@ -211,6 +239,12 @@ def save(report: dict, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "benchmark.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     (folder / "benchmark.md").write_text(write_tables(report), encoding="utf-8")
+    plot(report, folder)
+
+
+def plot(report: dict, folder: Path) -> None:
+    """Writes the plots of a report, from its numbers alone."""
+    plot_overview(report, folder / "overview.png")
     for name in report["settings"]["measures"]:
         if MEASURES[name].is_memory:
             plot_bars(name, report, folder / f"{name}.png")

@@ -3,6 +3,7 @@
 """The benchmark from end to end on tiny models: it writes what it has measured. No test asks how fast."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import benchmark
@@ -250,3 +251,30 @@ def test_committed_tables_are_what_the_committed_numbers_say():
     for file in files:
         report = json.loads(file.read_text(encoding="utf-8"))
         assert benchmark_report.write_tables(report) == file.with_suffix(".md").read_text(encoding="utf-8")
+
+
+def test_plots_are_drawn_again_from_the_numbers(tmp_path, monkeypatch):
+    results = RESULTS / "benchmark" / "benchmark.json"
+    shutil.copy(results, tmp_path)
+    figures = {}
+    monkeypatch.setattr(
+        benchmark_report.Figure, "savefig", lambda figure, path, **_: figures.update({path.name: figure})
+    )
+    monkeypatch.setattr(benchmark, "load_base", None)  # nothing is measured
+    benchmark.main(["--plot_folder", str(tmp_path)])
+    assert {path.name for path in tmp_path.iterdir()} == {"benchmark.json"}
+
+    report = json.loads(results.read_text(encoding="utf-8"))
+    panels = figures["overview.png"].axes
+    assert len(panels) == len(benchmark_report.OVERVIEW) == 3
+    for axes, name in zip(panels, benchmark_report.OVERVIEW):
+        rows = benchmark_report.select(report, name).values()
+        for bars in axes.containers:
+            (method,) = [key for key, case in benchmark_cases.METHODS.items() if case.label == bars.get_label()]
+            assert [bar.get_height() for bar in bars] == [row[method]["to_base"][1] for row in rows]
+        assert len(axes.containers) == len(report["settings"]["methods"]) - 1
+
+
+def test_overview_needs_all_its_measures(tmp_path):
+    run(tmp_path, shapes=["1,8,3"], methods=["ptuning"], measures=["train_step"])
+    assert not (tmp_path / "overview.png").exists()
