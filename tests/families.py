@@ -168,7 +168,7 @@ def make_model(family: str, task: str, attn_implementation: str | None = None, *
 
 
 def support_table() -> str:
-    """The families and tasks of the contract as the Markdown table of the README."""
+    """The families and tasks of the contract as the Markdown table of docs/guarantees.md."""
     rows = ["| family | " + " | ".join(TASKS) + " |", "|---|" + ":-:|" * len(TASKS)]
     for name, family in FAMILIES.items():
         rows.append(f"| {name} | " + " | ".join("✓" if task in family.tasks else "" for task in TASKS) + " |")
