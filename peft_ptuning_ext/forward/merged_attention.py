@@ -9,7 +9,7 @@ section 3.1). With the log-sum-exp and the output of the whole in their place, t
 each part's share of the gradients: both enter a kernel's backward only through the softmax's weights and row sums.
 
 The kernels are those of `scaled_dot_product_attention` on the CPU, which do not return a log-sum-exp under any public
-name.
+name. Where torch has them no longer, [`can_merge`] says no, and the prompt's keys and values are concatenated.
 """
 
 from __future__ import annotations
@@ -21,14 +21,17 @@ from torch.autograd.function import once_differentiable
 from transformers.integrations.sdpa_attention import repeat_kv
 
 
-_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+# Private operators, which a release of torch may rename: `None` where they are gone.
+_attention = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+_attention_backward = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
 
 
 def can_merge(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kwargs: dict) -> bool:
     """Whether [`merged_attention`] does what an attention function does with these inputs and arguments."""
     return (
-        query.device.type == "cpu"
+        _attention is not None
+        and _attention_backward is not None
+        and query.device.type == "cpu"
         and type(query) is torch.Tensor
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")

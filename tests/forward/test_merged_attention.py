@@ -4,10 +4,17 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
+from families import make_model
+from peft import get_peft_model
+from reference import make_batch
 from torch.nn.functional import scaled_dot_product_attention
 
+from peft_ptuning_ext import PTuningConfig
+from peft_ptuning_ext.forward import merged_attention as module
 from peft_ptuning_ext.forward.merged_attention import can_merge, merged_attention
 
 
@@ -107,3 +114,48 @@ def test_what_the_kernels_do_not_do_is_left_to_others() -> None:
     assert not can_merge(query.to("meta"), key, value, {})
     with torch.autocast("cpu"):
         assert not can_merge(query, key, value, {})
+
+
+class _WithoutOperators:
+    """`torch.ops.aten` of a release that has the named operators no longer."""
+
+    def __init__(self, *gone: str):
+        self.gone, self.aten = gone, torch.ops.aten
+
+    def __getattr__(self, name: str):
+        if name in self.gone:
+            raise AttributeError(f"'_OpNamespace' 'aten' object has no attribute {name!r}")
+        return getattr(self.aten, name)
+
+
+@pytest.mark.parametrize("end", ["", "_backward"], ids=["forward", "backward"])
+def test_without_the_private_operators_keys_are_concatenated(end, monkeypatch) -> None:
+    """Either operator may be gone: the module imports, and outputs and gradients are the same."""
+    base = make_model("Llama", "CAUSAL_LM", attn_implementation="sdpa").double()
+    model = get_peft_model(base, PTuningConfig(num_virtual_tokens=V, task_type="CAUSAL_LM")).eval()
+    batch = make_batch("Llama", "CAUSAL_LM")
+    prompt = next(parameter for parameter in model.parameters() if parameter.requires_grad)
+    kernel = "aten::_scaled_dot_product_flash_attention_for_cpu"
+
+    def run() -> tuple[torch.Tensor, torch.Tensor, int]:
+        model.zero_grad()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            logits = model(**batch).logits
+            logits.square().sum().backward()
+        kernels = {event.key: event.count for event in profile.key_averages()}
+        return logits.detach(), prompt.grad, kernels[kernel]
+
+    logits, gradient, merged_kernels = run()
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.ops, "aten", _WithoutOperators(kernel.removeprefix("aten::") + end))
+            importlib.reload(module)
+        inputs = make_inputs(HEADS, S, S, torch.float32)[:3]
+        assert not can_merge(*inputs, {})
+        found_logits, found_gradient, kernels = run()
+    finally:
+        importlib.reload(module)
+    assert can_merge(*inputs, {})
+    assert merged_kernels > kernels  # an attention to the text and one to the prompt, against one to both
+    torch.testing.assert_close(found_logits, logits, rtol=0, atol=1e-10)
+    torch.testing.assert_close(found_gradient, gradient, rtol=1e-6, atol=1e-6)
