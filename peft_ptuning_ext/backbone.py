@@ -21,6 +21,8 @@ POOLERS: dict[str, Callable[[nn.Module, torch.Tensor], torch.Tensor]] = {
     "albert": lambda backbone, hidden: backbone.pooler_activation(backbone.pooler(hidden[:, 0])),
 }
 
+RECURRENT = "it keeps a recurrent state instead of a key-value cache, from which the prompt can't be told"
+
 # Backbones that are refused by name: nothing in their interface tells that a prompt in front would go wrong.
 REFUSED_MODEL_TYPES: dict[str, str] = {
     "funnel": "it pools neighbouring positions, and the prompt would be pooled with the text",
@@ -28,6 +30,7 @@ REFUSED_MODEL_TYPES: dict[str, str] = {
     "prophetnet": "its n-gram streams are laid out for token ids",
     "unlimited_ocr_text": "its cache counts the tokens of the first call, and the prompt is not among them",
     "minimax": "its cache does not tell how many tokens it holds",
+    "xlstm": RECURRENT,
 }
 
 # Parameters of a backbone's `forward` with which a prompt in front can't be right, and why.
@@ -35,8 +38,8 @@ REFUSED_PARAMETERS: dict[str, str] = {
     "per_layer_inputs": "its layers read more embeddings of the token ids, and a prompt has no ids",
     "cross_attention_states": "its layers attend to images, and a prompt has no rule for what it sees of them",
     "image_encoder_embeddings": "its layers attend to images, and a prompt has no rule for what it sees of them",
-    "cache_params": "it keeps a recurrent state instead of a key-value cache, from which the prompt can't be told",
-    "state": "it keeps a recurrent state instead of a key-value cache, from which the prompt can't be told",
+    "cache_params": RECURRENT,
+    "state": RECURRENT,
     "mems": "it keeps memories instead of a key-value cache, from which the prompt can't be told",
     "past_buckets_states": "its hashing attention ties positions to fixed buckets",
 }
@@ -129,6 +132,11 @@ class Backbone:
         """Path of the input embedding in the model."""
         return f"{self.name}.{self.embedding}" if self.name else self.embedding
 
+    @property
+    def cache_name(self) -> str:
+        """What its `forward` calls the key-value cache: `cache` since transformers 5.24."""
+        return "cache" if "cache" in self.parameters else "past_key_values"
+
 
 def find_backbone(model: nn.Module) -> Backbone:
     """Finds the transformer stack above the input embedding, and says so if there is none that takes a prompt.
@@ -170,6 +178,8 @@ def find_backbone(model: nn.Module) -> Backbone:
         raise _refusal(backbone, "its forward takes no `inputs_embeds`")
     if backbone.config.model_type in REFUSED_MODEL_TYPES:
         raise _refusal(backbone, REFUSED_MODEL_TYPES[backbone.config.model_type])
+    if set(getattr(backbone.config, "layer_types", None) or ()) == {"linear_attention"}:
+        raise _refusal(backbone, RECURRENT)  # since transformers 5.24, its state is passed as `cache`, too
     if getattr(backbone.config, "token_dropout", False):
         raise _refusal(backbone, "`token_dropout` of its config rescales the embeddings of token ids only")
     for parameter, reason in REFUSED_PARAMETERS.items():

@@ -53,17 +53,21 @@ class Call:
             ValueError: An argument has no meaning with a prompt in front.
         """
         given = {**dict(zip(backbone.parameters, args)), **kwargs} if args else kwargs
-        ids, embeds, cache = given.get("input_ids"), given.get("inputs_embeds"), given.get("past_key_values")
+        cache_name = backbone.cache_name
+        if cache_name not in given and "past_key_values" in given:  # its name before transformers 5.24
+            given = dict(given)
+            given[cache_name] = given.pop("past_key_values")
+        ids, embeds, cache = given.get("input_ids"), given.get("inputs_embeds"), given.get(cache_name)
         past, memory = 0, None
         if isinstance(cache, Cache):
             memory = getattr(cache, "ptuning_prompt", None)
             if isinstance(cache, HoldsPrompt):
-                given = {**given, "past_key_values": whole_view(cache)}
-            past = given["past_key_values"].get_seq_length()
+                given = {**given, cache_name: whole_view(cache)}
+            past = given[cache_name].get_seq_length()
             past = past if torch.compiler.is_compiling() else int(past)
             if memory is not None and not isinstance(past, torch.Tensor) and past == 0:
                 forget_prompt(cache)  # it was reset
-                given, memory = {**given, "past_key_values": cache}, None
+                given, memory = {**given, cache_name: cache}, None
         return cls(
             type(stack).__name__,
             backbone,
@@ -72,7 +76,7 @@ class Call:
             is_embedded=embeds is not None,
             mask=given.get("attention_mask"),
             given_positions=given.get("position_ids"),
-            cache=given["past_key_values"] if isinstance(cache, Cache) else None,
+            cache=given[cache_name] if isinstance(cache, Cache) else None,
             past=past,
             memory=memory,
         )
@@ -110,7 +114,7 @@ class Call:
         positions = self.given_positions
         if positions is None or positions.dim() != 2 or torch.compiler.is_compiling():
             return False
-        if self.mask is not None or self.given.get("past_key_values") is not None:
+        if self.mask is not None or self.given.get(self.backbone.cache_name) is not None:
             return False
         return bool((positions.diff(dim=-1) != 1).any())
 
@@ -121,7 +125,7 @@ class Call:
         A single row with gradients is cheaper in one pass over V + S tokens than in two passes, which read the weights
         twice. What a row of V + S tokens has no rule for takes the pass all the same.
         """
-        if not torch.is_grad_enabled() or len(self.tokens) > 1 or self.given.get("past_key_values") is not None:
+        if not torch.is_grad_enabled() or len(self.tokens) > 1 or self.given.get(self.backbone.cache_name) is not None:
             return True
         return self.plain_mask is not self.mask or self.is_packed or bool(self.packing)
 

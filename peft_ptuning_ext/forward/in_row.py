@@ -61,7 +61,7 @@ def begin(
     memory = Prompt(prompt.names, prompt.length)
     if call.cache is not None:
         hold_prompt(call.cache, memory)
-        widened["past_key_values"] = whole_view(call.cache)
+        widened[call.backbone.cache_name] = whole_view(call.cache)
     output = forward(**call.arguments(**widened))
     if call.backbone.decoder is not None:
         return output

@@ -17,7 +17,7 @@ import pytest
 import torch
 from families import DECODERS, ENCODER_DECODERS, VOCABULARY, make_model
 from peft import PeftModel, get_peft_model
-from reference import V, concatenating, embedding_and_backbone, make_batch
+from reference import CACHE, V, concatenating, embedding_and_backbone, make_batch
 from tokenizers import Tokenizer, decoders, models, processors
 from transformers import (
     CompileConfig,
@@ -65,7 +65,7 @@ DECODERS_ONLY: dict[str, dict] = {
 }
 # What has no meaning for a model that is given the concatenation at every step.
 OURS = {"use_cache", "cache_implementation", "prefill_chunk_size", "max_cache_len", "prompt_lookup_num_tokens"}
-OURS |= {"past_key_values", "streamer", "assistant_model", "compile_config", "cache_config"}
+OURS |= {CACHE, "streamer", "assistant_model", "compile_config", "cache_config"}
 
 CONCATENATED = {"Bloom", "Falcon"}
 # Windows long enough for everything; those of the families are shorter than prompt and text.
@@ -279,12 +279,12 @@ def test_a_conversation_goes_on_from_a_cache(family: str, kind: str) -> None:
     model, batch = make_adapted(family), make_batch(family, "CAUSAL_LM", lengths=(S, S))
     arguments = NEW | {"return_dict_in_generate": True}
     cache = make_cache(kind, model)
-    first = model.generate(**batch, **arguments, **({} if cache is None else {"past_key_values": cache}))
+    first = model.generate(**batch, **arguments, **({} if cache is None else {CACHE: cache}))
     assert torch.equal(first.sequences, by_hand(model, family, batch, **NEW))
     assert int(first.past_key_values.get_seq_length()) == S + 8 - 1
     longer = torch.cat([first.sequences, batch["input_ids"]], dim=1)
     second = {"input_ids": longer, "attention_mask": torch.ones_like(longer)}
-    found = model.generate(**second, **NEW, past_key_values=first.past_key_values)
+    found = model.generate(**second, **NEW, **{CACHE: first.past_key_values})
     assert torch.equal(found, by_hand(model, family, second, **NEW))
 
 
@@ -293,11 +293,11 @@ def test_a_prefix_computed_once_serves_many_texts() -> None:
     model = make_adapted("Llama")
     ids = make_batch("Llama", "CAUSAL_LM", lengths=(9, 9))["input_ids"]
     prefix = ids[:1, :4]
-    kept = model(input_ids=prefix, past_key_values=DynamicCache()).past_key_values
+    kept = model(input_ids=prefix, **{CACHE: DynamicCache()}).past_key_values
     for row in ids:
         text = torch.cat([prefix, row[None, 4:]], dim=1)
         batch = {"input_ids": text, "attention_mask": torch.ones_like(text)}
-        found = model.generate(**batch, **NEW, past_key_values=copy.deepcopy(kept))
+        found = model.generate(**batch, **NEW, **{CACHE: copy.deepcopy(kept)})
         assert torch.equal(found, by_hand(model, "Llama", batch, **NEW))
 
 
@@ -413,7 +413,7 @@ def test_steps_by_hand_equal_one_call(family: str) -> None:
     first = model(input_ids=ids[:, :3], use_cache=True)
     logits, cache = [first.logits], first.past_key_values
     for column in range(3, 6):
-        logits.append(model(input_ids=ids[:, column : column + 1], past_key_values=cache).logits)
+        logits.append(model(input_ids=ids[:, column : column + 1], **{CACHE: cache}).logits)
     torch.testing.assert_close(torch.cat(logits, dim=1), expected, rtol=0, atol=1e-5)
 
 
@@ -432,14 +432,14 @@ def test_a_cache_belongs_to_the_adapter_that_filled_it() -> None:
     ids = make_batch("Llama", "CAUSAL_LM", lengths=(6, 6))["input_ids"]
     cache = model(input_ids=ids, use_cache=True).past_key_values
     with model.disable_adapter(), pytest.raises(ValueError, match="filled under adapter 'default'.*no adapter"):
-        model(input_ids=ids[:, :1], past_key_values=cache)
+        model(input_ids=ids[:, :1], **{CACHE: cache})
     model.set_adapter("other")
     with pytest.raises(ValueError, match="filled under adapter 'default'.*'other' is active"):
-        model(input_ids=ids[:, :1], past_key_values=cache)
+        model(input_ids=ids[:, :1], **{CACHE: cache})
     with model.disable_adapter():
-        unprompted = model(input_ids=ids, past_key_values=DynamicCache()).past_key_values
+        unprompted = model(input_ids=ids, **{CACHE: DynamicCache()}).past_key_values
     with pytest.raises(ValueError, match="filled under no adapter.*'other' is active"):
-        model(input_ids=ids[:, :1], past_key_values=unprompted)
+        model(input_ids=ids[:, :1], **{CACHE: unprompted})
 
 
 @torch.no_grad()
@@ -449,10 +449,32 @@ def test_a_cache_behind_a_shared_prompt_needs_the_attention_that_sees_it() -> No
     cache = model(input_ids=ids, use_cache=True).past_key_values
     model.get_base_model().set_attn_implementation("sdpa")
     with pytest.raises(ValueError, match="behind a shared prompt.*changed to 'sdpa'"):
-        model(input_ids=ids[:, :1], past_key_values=cache)
+        model(input_ids=ids[:, :1], **{CACHE: cache})
     assert cache.get_seq_length() == 6
     model.get_base_model().set_attn_implementation("ptuning_sdpa")
-    assert model(input_ids=ids[:, :1], past_key_values=cache).logits.isfinite().all()
+    assert model(input_ids=ids[:, :1], **{CACHE: cache}).logits.isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
+@pytest.mark.parametrize("name", sorted({"past_key_values", CACHE}))
+@pytest.mark.parametrize("family", ["Llama", "Bloom"])
+@torch.no_grad()
+def test_a_cache_is_known_by_each_of_its_names(family, name) -> None:
+    """A bare backbone is given the old name as it is: transformers renames the argument inside the hooks."""
+    model = make_adapted(family, "FEATURE_EXTRACTION")
+    ids = make_batch(family, "CAUSAL_LM", lengths=(6, 6))["input_ids"]
+    cache = DynamicCache()
+    model(input_ids=ids[:, :4], **{name: cache})
+    assert cache.get_seq_length() == 4
+    found = model(input_ids=ids[:, 4:], **{name: cache}).last_hidden_state
+    torch.testing.assert_close(found, model(input_ids=ids).last_hidden_state[:, 4:], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["GPT-2", "OPT"])
+def test_texts_that_outgrow_the_positions_are_refused_while_they_grow(family) -> None:
+    batch = make_batch(family, "CAUSAL_LM", lengths=(56, 56))  # and 5 virtual tokens, of 64 positions
+    with pytest.raises(ValueError, match="5 virtual tokens and 60 text tokens are 65 positions, and .* has 64"):
+        make_adapted(family).generate(**batch, max_new_tokens=8, min_new_tokens=8, do_sample=False)
 
 
 @torch.no_grad()
@@ -460,20 +482,20 @@ def test_what_a_cache_shows_of_itself_is_the_user_s() -> None:
     model = make_adapted("Llama")
     ids = make_batch("Llama", "CAUSAL_LM", lengths=(6, 6))["input_ids"]
     mine = DynamicCache()
-    returned = model(input_ids=ids, past_key_values=mine).past_key_values
+    returned = model(input_ids=ids, **{CACHE: mine}).past_key_values
     expected = model(input_ids=ids[:, :5]).logits[:, -1]
     for cache in (mine, returned, copy.deepcopy(mine), pickle.loads(pickle.dumps(returned))):
         assert isinstance(cache, DynamicCache)
         assert cache.get_seq_length() == 6
     mine.crop(-2)  # the same state as `returned`
     assert returned.get_seq_length() == 4
-    logits = model(input_ids=ids[:, 4:5], past_key_values=returned, attention_mask=torch.ones(2, 5)).logits[:, -1]
+    logits = model(input_ids=ids[:, 4:5], **{CACHE: returned}, attention_mask=torch.ones(2, 5)).logits[:, -1]
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match="covers 3 tokens, but the cache holds 5 and 1 are new"):
-        model(input_ids=ids[:, :1], past_key_values=mine, attention_mask=torch.ones(2, 3))
+        model(input_ids=ids[:, :1], **{CACHE: mine}, attention_mask=torch.ones(2, 3))
     mine.reset()
     with model.disable_adapter():
         base = make_model("Llama", "CAUSAL_LM")(input_ids=ids).logits
-        assert torch.equal(model(input_ids=ids, past_key_values=mine).logits, base)
+        assert torch.equal(model(input_ids=ids, **{CACHE: mine}).logits, base)
     assert type(mine) is DynamicCache
     assert mine.get_seq_length() == 6

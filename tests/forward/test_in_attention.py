@@ -12,7 +12,7 @@ import pytest
 import torch
 from families import DECODERS, ENCODERS, FAMILIES, make_model
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
-from reference import V, embedding_and_backbone, make_batch
+from reference import CACHE, V, embedding_and_backbone, make_batch
 from transformers import DynamicCache
 
 from peft_ptuning_ext import PTuningConfig
@@ -245,7 +245,7 @@ def test_inference_mode_leaves_nothing_that_training_could_trip_over() -> None:
         assert torch.equal(model(**batch).logits, first)
     assert torch.equal(gradient(model, **batch, labels=batch["input_ids"]), expected)
     with torch.inference_mode():
-        cache = model(**batch, past_key_values=DynamicCache()).past_key_values
+        cache = model(**batch, **{CACHE: DynamicCache()}).past_key_values
     assert cache.get_seq_length() == S
 
 

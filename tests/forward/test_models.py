@@ -563,6 +563,10 @@ REFUSED = {
         lambda: tf.MambaForCausalLM(tf.MambaConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, state_size=4)),
         "MambaModel: it keeps a recurrent state",
     ),
+    "recurrent": (
+        lambda: tf.xLSTMForCausalLM(tf.xLSTMConfig(vocab_size=20, hidden_size=64, num_hidden_layers=1, num_heads=4)),
+        "xLSTMModel: it keeps a recurrent state",
+    ),
     "per-layer inputs": (
         lambda: tf.Gemma3nForCausalLM(
             tf.Gemma3nTextConfig(
