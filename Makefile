@@ -4,7 +4,7 @@ BIN = $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup quickstart test quality style
+.PHONY: setup quickstart test test-newest test-oldest quality style
 
 setup: $(VENV)/.ready-test
 
@@ -21,6 +21,20 @@ quickstart: $(VENV)/.ready-recipes
 
 test: setup quality
 	$(BIN)/python -m pytest -n logical
+
+# In environments of their own: what the registry has today, and the lower bounds of pyproject.toml. TORCH chooses the
+# torch of both, as in `make test-oldest TORCH=torch==2.13.0` on a machine without a GPU: 2.11 was built for CUDA only.
+test-newest: TORCH ?= torch
+test-newest:
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager $(TORCH) --editable ".[recipes,test]"
+	.venv-newest/bin/python -m pytest -n logical
+
+test-oldest: TORCH ?= torch==2.11.0
+test-oldest:
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt $(TORCH) --editable ".[recipes,test]"
+	.venv-oldest/bin/python -m pytest -n logical
 
 quality: setup
 	$(BIN)/ruff check .

@@ -17,13 +17,11 @@ import torch
 from families import FAMILIES, PAD
 from torch import nn
 from torch.nn.functional import cross_entropy
-from transformers import LlamaModel, PreTrainedModel
+from transformers import PreTrainedModel
 
 
 V = 5
 S = 7
-# What decoders and `generate` call their cache: `cache` since transformers 5.24.
-CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
 POOLED = frozenset({"SEQ_CLS", "multiple choice"})
 # Heads that the reference gives the user's positions only. Some processors round the product of a narrow matrix with
 # few rows otherwise than with many, and outputs are to be bitwise the same.

@@ -24,6 +24,7 @@ from families import make_model
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
+from releases import CHECKPOINTING
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -35,7 +36,7 @@ OTHERS = ("accelerate", "peft", "torch", "transformers")
 
 def _checkpointing() -> nn.Module:
     model = make_model("Llama", "CAUSAL_LM")
-    model.activation_checkpointing_enable()
+    getattr(model, f"{CHECKPOINTING}_enable")()
     return next(module for module in model.modules() if hasattr(module, "gradient_checkpointing"))
 
 

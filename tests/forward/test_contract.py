@@ -10,7 +10,6 @@ import torch
 from families import CELLS, FAMILIES, PEFT_TASKS, make_model
 from peft import PeftModel, get_peft_model
 from reference import (
-    CACHE,
     POOLED,
     S,
     V,
@@ -22,6 +21,7 @@ from reference import (
     textbook_loss,
     unmasked,
 )
+from releases import CACHE, CHECKPOINTING
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -249,7 +249,7 @@ def test_gradient_checkpointing_changes_nothing(family: str, task: str) -> None:
     passes = 2 if model.prompt_route == "shared" else 1
     assert passes == 1 or once == 2 * len(layers)
     for use_reentrant in (False, True):
-        base.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+        getattr(base, f"{CHECKPOINTING}_enable")({"use_reentrant": use_reentrant})
         assert (model.prompt_route == "shared") == (passes == 2 and not use_reentrant)
         found, recomputed = gradient()
         assert recomputed == 2 * once // (passes if use_reentrant else 1)

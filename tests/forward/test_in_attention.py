@@ -12,7 +12,8 @@ import pytest
 import torch
 from families import DECODERS, ENCODERS, FAMILIES, make_model
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
-from reference import CACHE, V, embedding_and_backbone, make_batch
+from reference import V, embedding_and_backbone, make_batch
+from releases import CACHE
 from transformers import DynamicCache
 
 from peft_ptuning_ext import PTuningConfig

@@ -10,6 +10,7 @@ import pytest
 import torch
 from learnable import TASK_OF, add_prompt, losses, make_base, make_trainer, trainable
 from peft import LoraConfig, PeftModel, get_peft_model
+from releases import CHECKPOINTING
 from torch._dynamo.utils import counters
 from transformers import Trainer, TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -51,8 +52,8 @@ def test_gradient_checkpointing(family, use_reentrant, tmp_path) -> None:
     model, passes = make_prompted(family), []
     layer = next(module for module in model.modules() if isinstance(module, GradientCheckpointingLayer))
     next(layer.children()).register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))
-    kwargs = {"activation_checkpointing_kwargs": {"use_reentrant": use_reentrant}}
-    check_equal(trained(model, tmp_path, activation_checkpointing=True, **kwargs), expected, 1e-6)
+    kwargs = {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": use_reentrant}}
+    check_equal(trained(model, tmp_path, **kwargs), expected, 1e-6)
     # Two passes in each of the 4 steps, four where the prompt has a pass of its own; only reentrant ones begin without
     # gradients.
     shares = family == "Llama" and not use_reentrant
