@@ -95,6 +95,7 @@ class Backbone:
         embedding (`str`): Path of the input embedding in the backbone.
         width (`int`): Width H of the input embedding.
         parameters (`tuple[str, ...]`): Names of the positional parameters of the backbone's `forward`.
+        cache_name (`str`): What its `forward` calls the key-value cache: `cache` since transformers 5.24.
         is_causal (`bool`): Whether its attention looks back only.
         counts_tokens (`bool`):
             Whether positions that the caller leaves out are the numbers of the unmasked tokens. This holds for
@@ -117,6 +118,7 @@ class Backbone:
     embedding: str
     width: int
     parameters: tuple[str, ...]
+    cache_name: str
     is_causal: bool
     counts_tokens: bool
     beside_text: bool
@@ -131,11 +133,6 @@ class Backbone:
     def embedding_path(self) -> str:
         """Path of the input embedding in the model."""
         return f"{self.name}.{self.embedding}" if self.name else self.embedding
-
-    @property
-    def cache_name(self) -> str:
-        """What its `forward` calls the key-value cache: `cache` since transformers 5.24."""
-        return "cache" if "cache" in self.parameters else "past_key_values"
 
 
 def find_backbone(model: nn.Module) -> Backbone:
@@ -205,6 +202,7 @@ def find_backbone(model: nn.Module) -> Backbone:
         embedding=paths[0][len(name) :].lstrip("."),
         width=_table(embedding).embedding_dim,
         parameters=tuple(p for p in parameters if p != "kwargs"),
+        cache_name="cache" if "cache" in parameters else "past_key_values",
         is_causal=is_causal,
         counts_tokens=has_positions and (is_causal or first_position > 0),
         beside_text=is_local or (not has_positions if is_causal else max_positions is None or first_position > 0),
