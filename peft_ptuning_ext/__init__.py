@@ -17,7 +17,7 @@ from .registration import register
 from .tuner import PTuningModel
 
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "PTuningConfig",

@@ -42,11 +42,6 @@ def python_blocks(path: Path) -> list[tuple[int, str]]:
     return [(text[: block.start(1)].count("\n"), block[1]) for block in found]
 
 
-def locate(path: Path) -> Path:
-    """A file that a document names; the measuring tools and results may still be one folder further up."""
-    return path if path.exists() else Path(str(path).replace("recipes/measure", "recipes"))
-
-
 # Names that the documents give to models of the Hub: family, task and tokenizer of the tiny model in their place.
 MODELS = {
     "google-bert/bert-base-uncased": ("BERT", "FEATURE_EXTRACTION", "BERT"),
@@ -203,11 +198,11 @@ def test_links_and_paths_lead_somewhere(path) -> None:
         if link.startswith("https://"):
             continue
         target, _, anchor = link.partition("#")
-        file = locate((path.parent / target).resolve()) if target else path
+        file = (path.parent / target).resolve() if target else path
         assert file.exists(), link
         assert not anchor or anchor in anchors(file), link
     for named in re.findall(r"(?<![\w/])(?:tests|recipes|docs|peft_ptuning_ext)/[\w/.]+\.\w+", read(path)):
-        assert locate(ROOT / named).exists(), named
+        assert (ROOT / named).exists(), named
 
 
 def test_the_table_of_families_is_made_from_the_tests() -> None:
@@ -217,8 +212,7 @@ def test_the_table_of_families_is_made_from_the_tests() -> None:
 
 def results(pattern: str) -> list[Path]:
     """Files among the results of the measuring tools."""
-    folders = [ROOT / "recipes/measure/results", ROOT / "recipes/results"]
-    return sorted(path for folder in folders for path in folder.glob(pattern))
+    return sorted((ROOT / "recipes/measure/results").glob(pattern))
 
 
 def test_the_measurements_are_those_in_the_results() -> None:
