@@ -221,7 +221,7 @@ class PTuningModel(BaseTuner):
         target.update_layer(adapter_name, peft_config)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        # PEFT's own casts parameters only; an encoder's constant is a buffer.
+        # PEFT's own leaves an encoder that is not upcast in the dtype that it was made in, which is not the base's.
         layer = self._layer()
         encoder = layer.ptuning_encoders[adapter_name]
         if autocast_adapter_dtype:

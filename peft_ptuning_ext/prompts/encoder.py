@@ -8,6 +8,7 @@ A new encoder is one class with one tensor function, `reparameterize`, and a lin
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Optional
 
 import torch
 from torch import nn
@@ -37,17 +38,30 @@ class PromptEncoder(nn.Module):
         """Sets the parameters so that `forward()` returns `prompt`, shape (V, H)."""
         self.embedding.copy_(prompt)
 
+    def freeze_constants(self) -> None:
+        """Freezes the parameters that are never trained, after all of them were made trainable."""
+
 
 class _NetworkEncoder(PromptEncoder):
     """`embedding` (V, H) → `reparameterize` → (V, H), plus a constant that makes the start what was asked for.
 
     A random network maps all of its inputs to nearly the same point, far from the model's embeddings. The constant
-    `offset` (V, H) moves that start to the chosen vectors; it is not trained and is saved with the encoder.
+    `offset` (V, H) moves that start to the chosen vectors. It is saved with the encoder and stays frozen.
     """
 
     def __init__(self, config: PTuningConfig, width: int):
         super().__init__(config, width)
-        self.register_buffer("offset", torch.zeros_like(self.embedding))
+        # A parameter, not a buffer: trainers that copy an adapter, such as TRL's for DPO, copy its parameters only.
+        self.offset = nn.Parameter(torch.zeros_like(self.embedding))
+
+    def register_parameter(self, name: str, param: Optional[nn.Parameter]) -> None:
+        super().register_parameter(name, param)
+        # transformers replaces a parameter that it loads by a trainable one.
+        if name == "offset":
+            self.freeze_constants()
+
+    def freeze_constants(self) -> None:
+        self.offset.requires_grad_(False)
 
     def reparameterize(self, embedding: torch.Tensor) -> torch.Tensor:
         """Maps (V, H) to (V, H)."""

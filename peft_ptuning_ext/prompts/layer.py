@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Optional
 
@@ -98,6 +98,16 @@ class PTuningLayer(nn.Module, BaseTunerLayer):
         if len(names) > 1:
             raise ValueError(f"Only one P-tuning adapter can be active at a time, got {names}.")
         super().set_adapter(names, inference_mode=inference_mode)
+        self._freeze_constants()
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        super().set_requires_grad(adapter_names, requires_grad=requires_grad)
+        self._freeze_constants()
+
+    def _freeze_constants(self) -> None:
+        """PEFT makes all parameters of an encoder trainable, and an encoder's constants never are."""
+        for encoder in self.ptuning_encoders.values():
+            encoder.freeze_constants()
 
     def update_layer(self, adapter_name: str, config: PTuningConfig) -> None:
         """Adds the encoder of a new adapter. Its prompt starts where `config` says, unless it is made on meta."""

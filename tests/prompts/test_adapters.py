@@ -19,6 +19,7 @@ from peft_ptuning_ext import PromptEncoderType, PTuningConfig
 
 
 every_encoder = pytest.mark.parametrize("encoder", list(PromptEncoderType))
+networks = pytest.mark.parametrize("encoder", [e for e in PromptEncoderType if e is not PromptEncoderType.NONE])
 models = pytest.mark.parametrize(
     ("family", "task"), [("BERT", "SEQ_CLS"), ("Llama", "CAUSAL_LM"), ("T5", "SEQ_2_SEQ_LM")]
 )
@@ -123,6 +124,72 @@ def test_a_prompt_is_resumed_where_it_stopped(family, task, encoder, tmp_path) -
     for one in (model, resumed):
         train(one)
     torch.testing.assert_close(resumed.prompt_embeddings(), model.prompt_embeddings(), rtol=1e-6, atol=1e-7)
+
+
+@every_encoder
+def test_copying_the_parameters_of_an_adapter_copies_its_prompt(encoder, out) -> None:
+    """What trainers with a reference adapter do: `add_adapter("ref", same config)`, then copy all parameters."""
+    model = make_adapted("Llama", "CAUSAL_LM", encoder_reparameterization_type=encoder)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    model.add_adapter("ref", model.peft_config["default"])
+    assert not torch.equal(model.prompt_embeddings("ref"), model.prompt_embeddings("default"))
+    for name, parameter in model.named_parameters():
+        if ".default." in name:
+            model.get_parameter(name.replace(".default.", ".ref.")).data.copy_(parameter.data)
+    assert torch.equal(model.prompt_embeddings("ref"), model.prompt_embeddings("default"))
+    expected = out(model, "Llama", "CAUSAL_LM")
+    model.set_adapter("ref")
+    assert torch.equal(out(model, "Llama", "CAUSAL_LM"), expected)
+
+
+def names_of_trained(model: torch.nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@networks
+def test_the_constant_of_a_network_is_never_trained(encoder, tmp_path) -> None:
+    model = make_adapted("Llama", "CAUSAL_LM", encoder_reparameterization_type=encoder)
+    expected = names_of_trained(model)
+    assert len(expected) > 1
+    assert not [name for name in expected if name.endswith("offset")]
+    trained, total = model.get_nb_trainable_parameters()
+    assert total - trained == make_model("Llama", "CAUSAL_LM").num_parameters() + V * 32
+    model.add_adapter("other", make_config("CAUSAL_LM"))
+    model.set_adapter("other")
+    model.set_adapter("default")
+    assert names_of_trained(model) == expected
+    model.set_requires_grad("default", False)
+    assert not names_of_trained(model)
+    model.set_requires_grad("default")
+    assert names_of_trained(model) == expected
+
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
+    model(**make_batch("Llama", "CAUSAL_LM")).logits.square().mean().backward()
+    optimizer.step()
+    assert {
+        name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])
+    } == expected
+
+    model.save_pretrained(tmp_path, selected_adapters=["default"])
+    half = make_model("Llama", "CAUSAL_LM").to(torch.bfloat16)
+    kwargs = {"is_trainable": True, "autocast_adapter_dtype": False}
+    for loaded in (
+        PeftModel.from_pretrained(make_model("Llama", "CAUSAL_LM"), tmp_path, is_trainable=True),
+        PeftModel.from_pretrained(make_model("Llama", "CAUSAL_LM"), tmp_path, low_cpu_mem_usage=True, **kwargs),
+        PeftModel.from_pretrained(half, tmp_path, **kwargs),
+    ):
+        assert names_of_trained(loaded) == expected
+    in_transformers = make_model("Llama", "CAUSAL_LM")
+    in_transformers.load_adapter(tmp_path, is_trainable=True)
+    prefix = "base_model.model."
+    assert names_of_trained(in_transformers) >= {name.removeprefix(prefix) for name in expected}
+    assert not [name for name in names_of_trained(in_transformers) if name.endswith("offset")]
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert names_of_trained(twin) == expected
 
 
 @every_encoder

@@ -1,8 +1,10 @@
 # SPDX-FileCopyrightText: 2026 The peft_ptuning_ext authors
 # SPDX-License-Identifier: Apache-2.0
-"""Trainers other than the stock one: Seq2SeqTrainer, TRL's SFTTrainer, SentenceTransformerTrainer."""
+"""Trainers other than the stock one: Seq2SeqTrainer, TRL's SFT and DPO trainers, SentenceTransformerTrainer."""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
@@ -20,9 +22,9 @@ from sentence_transformers import (
 from sentence_transformers.sentence_transformer.losses import CosineSimilarityLoss
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer
-from trl import SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from peft_ptuning_ext import PTuningConfig, PTuningLayer
+from peft_ptuning_ext import PromptEncoderType, PTuningConfig, PTuningLayer
 
 
 SETTINGS = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "dataloader_pin_memory": False}
@@ -180,6 +182,33 @@ def test_packed_texts_need_positions() -> None:
     ids = make_batch("Llama", "CAUSAL_LM", lengths=(7,))["input_ids"]
     with pytest.raises(ValueError, match="several texts packed into one row.*`position_ids` that begin anew"):
         model(ids, cu_seq_lens_q=torch.tensor([0, 3, 7]))
+
+
+# TRL turns gradient checkpointing off and on by methods with old names.
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize("encoder", list(PromptEncoderType))
+def test_dpo_trainer_begins_at_its_reference(encoder, tmp_path) -> None:
+    """A prompt that is trained on is compared with a copy that TRL makes, so that the first loss is log 2."""
+    base = make_model("Llama", "CAUSAL_LM")
+    model = add_prompt(base, "CAUSAL_LM", encoder_reparameterization_type=encoder)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    texts = make_texts("completion")
+    rows = texts.rename_column("completion", "chosen").add_column("rejected", texts["completion"][::-1])
+    trainer = DPOTrainer(
+        model,
+        args=DPOConfig(tmp_path, max_steps=6, **{**SETTINGS, "bf16": False, "per_device_train_batch_size": 16}),
+        train_dataset=rows,
+        processing_class=make_tokenizer(),
+    )
+    reference = model.prompt_embeddings("ref").detach().clone()
+    assert torch.equal(model.prompt_embeddings("default"), reference)
+    train(trainer)
+    assert losses(trainer)[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert torch.equal(model.prompt_embeddings("ref"), reference)
+    assert not [name for name in trainable(model) if ".ref." in name]
 
 
 @torch.no_grad()

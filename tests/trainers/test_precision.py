@@ -37,7 +37,7 @@ def train_200_steps(family: str, encoder: str, dtype: torch.dtype, folder, **arg
     trainer = make_trainer(model, folder, max_steps=200, **arguments)
     trainer.train()
     assert {tensor.dtype for name, tensor in model.state_dict().items() if "ptuning_" in name} == {torch.float32}
-    assert {tensor.dtype for tensor in base.values()} == {dtype}
+    assert {tensor.dtype for name, tensor in base.items() if "ptuning_" not in name} == {dtype}
     for name, value in frozen(model).items():
         assert torch.equal(value, base[name]), name
     assert len(losses(trainer)) == 200
