@@ -139,6 +139,14 @@ class PTuningModel(BaseTuner):
             raise ValueError(f"There is no adapter {unknown[0]!r}, only {list(self.peft_config)}.")
         super().set_adapter(adapter_name, inference_mode=inference_mode)
 
+    def disable_adapter_layers(self) -> None:
+        with _keeping_requires_grad(self.model):
+            super().disable_adapter_layers()
+
+    def enable_adapter_layers(self) -> None:
+        with _keeping_requires_grad(self.model):  # PEFT trains a head that is enabled
+            super().enable_adapter_layers()
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, adapter_names: Optional[list[str]] = None, **kwargs) -> Iterator[None]:
         """PEFT enters this around every call; `adapter_names` would choose an adapter for each row."""
@@ -258,6 +266,16 @@ class PTuningModel(BaseTuner):
 
     def _layer(self) -> PTuningLayer:
         return find_layer(self.model)
+
+
+@contextmanager
+def _keeping_requires_grad(model: nn.Module) -> Iterator[None]:
+    """Inside, `requires_grad` may be set; behind, each parameter's is as it was."""
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    yield
+    for parameter, requires_grad in before:
+        if parameter.requires_grad != requires_grad:
+            parameter.requires_grad_(requires_grad)
 
 
 def _take_out(model: nn.Module) -> None:

@@ -104,6 +104,14 @@ class PTuningLayer(nn.Module, BaseTunerLayer):
         super().set_requires_grad(adapter_names, requires_grad=requires_grad)
         self._freeze_constants()
 
+    def enable_adapters(self, enabled: bool) -> None:
+        """Puts the prompt in front again, or no longer.
+
+        Unlike PEFT's own this leaves `requires_grad` alone: that would train what was loaded for inference, once it
+        was disabled and enabled.
+        """
+        self._disable_adapters = not enabled
+
     def _freeze_constants(self) -> None:
         """PEFT makes all parameters of an encoder trainable, and an encoder's constants never are."""
         for encoder in self.ptuning_encoders.values():

@@ -312,6 +312,36 @@ def test_threads_share_a_model(out) -> None:
     assert all(torch.equal(one, expected) for one in found)
 
 
+@pytest.mark.parametrize("is_trainable", [False, True])
+def test_disabling_leaves_what_is_trained_as_it_was(is_trainable, tmp_path) -> None:
+    make_adapted("BERT", "SEQ_CLS", encoder_reparameterization_type="MLP").save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(make_model("BERT", "SEQ_CLS"), tmp_path, is_trainable=is_trainable)
+    before = names_of_trained(model)
+    assert bool(before) == is_trainable
+    with model.disable_adapter():
+        assert names_of_trained(model) == before
+    assert names_of_trained(model) == before
+    with pytest.raises(ZeroDivisionError), model.disable_adapter():
+        raise ZeroDivisionError
+    model.base_model.disable_adapter_layers()
+    model.base_model.enable_adapter_layers()
+    assert names_of_trained(model) == before
+    model.set_adapter("default")  # which PEFT documents to train what it activates
+    assert names_of_trained(model)
+    with model.disable_adapter():
+        model.set_adapter("default", inference_mode=True)
+    assert not names_of_trained(model)
+
+    in_transformers = make_model("BERT", "SEQ_CLS")
+    in_transformers.load_adapter(tmp_path, is_trainable=is_trainable)
+    before = names_of_trained(in_transformers)
+    in_transformers.disable_adapters()
+    in_transformers.enable_adapters()
+    prompt = {name for name in before if "ptuning_" in name}
+    assert {name for name in names_of_trained(in_transformers) if "ptuning_" in name} == prompt
+    assert bool(prompt) == is_trainable
+
+
 def test_merging_is_refused_with_the_reason(out) -> None:
     model = make_adapted("BERT", "SEQ_CLS")
     expected = out(model)
