@@ -227,6 +227,8 @@ class PTuningModel(BaseTuner):
             setattr(parent, target_name, target)
             attach(self.model, self._backbone)
         target.update_layer(adapter_name, peft_config)
+        # A new module is in training mode: its dropout would act on a model that was put into evaluation mode before.
+        target.ptuning_encoders[adapter_name].train(self.model.training)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # PEFT's own leaves an encoder that is not upcast in the dtype that it was made in, which is not the base's.

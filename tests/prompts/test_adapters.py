@@ -400,6 +400,32 @@ def test_train_and_eval_reach_the_encoder() -> None:
     assert not torch.equal(model.prompt_embeddings(), model.prompt_embeddings())
 
 
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute in the model:UserWarning")
+@pytest.mark.parametrize("is_training", [False, True])
+def test_a_new_adapter_takes_the_mode_of_the_model(is_training, tmp_path) -> None:
+    def make_noisy() -> PTuningConfig:
+        return make_config("SEQ_CLS", encoder_dropout=0.5, encoder_reparameterization_type="MLP")
+
+    def make_base() -> torch.nn.Module:
+        return make_model("RoBERTa", "SEQ_CLS").train(is_training)  # with dropout in the head
+
+    batch = make_batch("RoBERTa", "SEQ_CLS")
+    model = get_peft_model(make_base(), make_noisy())
+    model.save_pretrained(tmp_path)
+    model.add_adapter("added", make_noisy())
+    model.load_adapter(tmp_path, "loaded", is_trainable=True)
+    injected = make_base()
+    injected.add_adapter(PTuningConfig(encoder_dropout=0.5, modules_to_save=["classifier"]))
+    injected.add_adapter(PTuningConfig(encoder_dropout=0.5, modules_to_save=["classifier"]), "second")
+    for one in (model, injected):
+        for name, module in one.named_modules():
+            if "ptuning_encoders." in name or "modules_to_save." in name:
+                assert module.training == is_training, name
+        for name in one.peft_config:
+            one.set_adapter(name)
+            assert torch.equal(one(**batch).logits, one(**batch).logits) != is_training
+
+
 @pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time:UserWarning")
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute in the model:UserWarning")
 def test_a_prompt_on_a_model_with_lora_layers(out) -> None:
