@@ -242,7 +242,8 @@ class PTuningModel(BaseTuner):
     def _check_merge_allowed(self) -> None:
         raise ValueError(
             "A prompt can't be merged: it is a part of the input and changes no weight of the base model. "
-            "`unload()` returns the base model without it."
+            "`unload()` returns the base model without it. `peft_ptuning_ext.export_standalone` writes a model that "
+            "loads without PEFT, with the prompt as entries of its vocabulary."
         )
 
     def _unload_and_optionally_merge(self, merge=True, progressbar=False, safe_merge=False, adapter_names=None):
