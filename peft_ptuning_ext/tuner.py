@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn, Optional
@@ -14,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.nn import functional
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .backbone import find_backbone
 from .config import PTuningConfig
@@ -24,6 +25,23 @@ from .prompts.adapter import find_layer, find_stack
 from .prompts.encoder import build_encoder
 from .prompts.layer import PTuningLayer
 from .registration import PREFIX
+
+
+# Attributes of the model that PEFT's class for a task type reads, and arguments that it passes to `forward`, given or
+# not, beside those that all of these classes pass.
+TASK_NEEDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "SEQ_CLS": (("config",), ("labels",)),
+    "TOKEN_CLS": (("config",), ("labels",)),
+    "QUESTION_ANS": (("config",), ("start_positions", "end_positions")),
+    "CAUSAL_LM": (("config", "prepare_inputs_for_generation"), ("labels",)),
+    "SEQ_2_SEQ_LM": (
+        ("prepare_inputs_for_generation",),
+        ("labels", "decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds"),
+    ),
+    "FEATURE_EXTRACTION": ((), ()),
+}
+COMMON_ARGUMENTS = ("input_ids", "attention_mask", "inputs_embeds")
+COMMON_ARGUMENTS += ("output_attentions", "output_hidden_states", "return_dict")
 
 
 class PTuningModel(BaseTuner):
@@ -62,6 +80,9 @@ class PTuningModel(BaseTuner):
                 f"The model has an adapter named {adapter_name!r} already. Choose another name, or get the base model "
                 "back with `unload()` first."
             )
+        # A PeftModel hands over a dict, and its class follows from the task type. transformers injects a config alone,
+        # and its task type is a label only.
+        self._is_in_peft_model = isinstance(peft_config, dict)
         super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict)
 
     def prompt_embeddings(self, adapter_name: Optional[str] = None) -> torch.Tensor:
@@ -173,6 +194,8 @@ class PTuningModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: PTuningConfig, model_config: dict) -> PTuningConfig:
         """All checks of the model and of the weights that came with the config, before anything is changed."""
         backbone = self._backbone = find_backbone(self.model)
+        if self._is_in_peft_model:
+            _check_task_type(self.model, peft_config.task_type)
         if ENCODER_KEY.strip(".") in self.peft_config:
             raise ValueError(f"An adapter can't be named {ENCODER_KEY.strip('.')!r}, the name of the module it is in.")
         for name in peft_config.modules_to_save or ():
@@ -304,3 +327,24 @@ def _take_out_adapter(model: nn.Module, adapter_name: str) -> None:
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
+
+
+def _check_task_type(model: nn.Module, task_type: Optional[str]) -> None:
+    """Refuses a task type whose class of PEFT can't call this model."""
+    task = str(getattr(task_type, "value", task_type))
+    if task not in TASK_NEEDS:
+        return
+    attributes, arguments = TASK_NEEDS[task]
+    missing = [f"`{attribute}`" for attribute in attributes if not hasattr(model, attribute)]
+    parameters = inspect.signature(model.forward).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    # The decorators of transformers' models take arguments that a signature does not show.
+    if not takes_any and not isinstance(model, PreTrainedModel):
+        passed = (*COMMON_ARGUMENTS, *arguments)
+        missing += [f"the argument `{argument}` of `forward`" for argument in passed if argument not in parameters]
+    if missing:
+        raise ValueError(
+            f"`task_type` is {task!r}, and {type(model).__name__} lacks {', '.join(missing)}, which PEFT's model for "
+            "this task uses. Choose the task type that this model is for. If there is none, leave `task_type` out and "
+            "name a head to train in `modules_to_save`."
+        )

@@ -241,6 +241,88 @@ def test_unloading_a_model_that_had_an_injected_adapter() -> None:
     assert unloaded == [(n, type(m)) for n, m in untouched.named_modules()]
 
 
+def state_of(model: torch.nn.Module) -> tuple:
+    """What adding an adapter changes of a model: its modules, their hooks and modes, and what is trained."""
+    modules = [(name, type(module), module.training) for name, module in model.named_modules()]
+    hooks = [name for name, module in model.named_modules() if module._forward_pre_hooks or module._forward_hooks]
+    trained = [(name, parameter.requires_grad) for name, parameter in model.named_parameters()]
+    return modules, hooks, trained, hasattr(model, "peft_config"), model.config.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("family", "task", "task_type"),
+    [
+        ("BERT", "TOKEN_CLS", "CAUSAL_LM"),
+        ("BERT", "SEQ_CLS", "SEQ_2_SEQ_LM"),
+        ("GPT-2", "SEQ_CLS", "CAUSAL_LM"),
+        ("Llama", "FEATURE_EXTRACTION", "CAUSAL_LM"),
+        ("T5", "FEATURE_EXTRACTION", "SEQ_2_SEQ_LM"),
+    ],
+)
+def test_the_task_type_of_another_kind_of_model_is_refused(family, task, task_type) -> None:
+    base, batch = make_model(family, task), make_batch(family, task)
+    before, expected = state_of(base), main_output(base(**batch))
+    message = f"`task_type` is '{task_type}', and {type(base).__name__} lacks `prepare_inputs_for_generation`"
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(base, PTuningConfig(num_virtual_tokens=V, task_type=task_type))
+    assert state_of(base) == before
+    assert torch.equal(main_output(base(**batch)), expected)
+
+    model = get_peft_model(base, PTuningConfig(num_virtual_tokens=V, task_type=task)).eval()
+    adapted = main_output(model(**batch))
+    assert not torch.equal(adapted, expected)
+    names = set(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        model.add_adapter("other", PTuningConfig(num_virtual_tokens=V, task_type=task_type))
+    assert (set(model.state_dict()), list(model.peft_config)) == (names, ["default"])
+    assert torch.equal(main_output(model(**batch)), adapted)
+
+
+class Rewarding(torch.nn.Module):
+    """A module that holds a transformers model and is none."""
+
+    def __init__(self, model: torch.nn.Module):
+        super().__init__()
+        self.model = model
+        self.score = torch.nn.Linear(32, 1)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        return self.score(self.model(input_ids, attention_mask).last_hidden_state[:, 0])
+
+
+class Delegating(Rewarding):
+    """The same with what PEFT's classes for a task type ask for."""
+
+    @property
+    def config(self) -> transformers.PretrainedConfig:
+        return self.model.config
+
+    def forward(self, **kwargs) -> torch.Tensor:
+        return super().forward(kwargs["input_ids"], kwargs["attention_mask"])
+
+
+@torch.no_grad()
+def test_a_module_around_a_model_has_no_task_type() -> None:
+    for task_type in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION"):
+        base = Rewarding(make_model("BERT", "FEATURE_EXTRACTION"))
+        before = [(name, type(module)) for name, module in base.named_modules()]
+        message = f"`task_type` is '{task_type}', and Rewarding lacks .*`return_dict`.* leave `task_type` out"
+        with pytest.raises(ValueError, match=message):
+            get_peft_model(base, PTuningConfig(num_virtual_tokens=V, task_type=task_type))
+        assert [(name, type(module)) for name, module in base.named_modules()] == before
+        assert all(parameter.requires_grad for parameter in base.parameters())
+
+    batch = make_batch("BERT", "FEATURE_EXTRACTION")
+    expected = base(**batch)
+    model = get_peft_model(base, PTuningConfig(num_virtual_tokens=V, modules_to_save=["score"])).eval()
+    assert not torch.equal(model(**batch), expected)
+    delegating = Delegating(make_model("BERT", "FEATURE_EXTRACTION"))
+    model = get_peft_model(delegating, PTuningConfig(num_virtual_tokens=V, task_type="SEQ_CLS")).eval()
+    assert model(**batch).shape == expected.shape
+    with pytest.raises(ValueError, match="Delegating lacks `prepare_inputs_for_generation`"):
+        get_peft_model(Delegating(make_model("BERT", "FEATURE_EXTRACTION")), PTuningConfig(task_type="CAUSAL_LM"))
+
+
 @pytest.mark.parametrize("name", ["bert", "embeddings", "word_embeddings", "bert.embeddings"])
 def test_the_embedding_cannot_be_saved_beside_its_prompt(name) -> None:
     base = make_model("BERT", "SEQ_CLS")
