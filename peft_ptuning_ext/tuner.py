@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn, Optional
 
@@ -178,18 +178,34 @@ class PTuningModel(BaseTuner):
     def inject_adapter(self, model, adapter_name, *args, **kwargs) -> None:
         requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         vars(self).setdefault("_requires_grad_before", requires_grad)
-        is_first = find_layer(model) is None
+        active = {
+            module: list(module.active_adapters)
+            for module in model.modules()
+            if isinstance(module, (PTuningLayer, AuxiliaryTrainingWrapper))
+        }
+        if any(isinstance(module, PTuningLayer) and adapter_name in module.ptuning_encoders for module in active):
+            self._forget(model, adapter_name)
+            raise ValueError(
+                f"The backbone of this {type(model).__name__} has an adapter named {adapter_name!r} already, which "
+                "another model around the same backbone was given. Choose another `adapter_name`: both prompts "
+                "are then at the backbone, and `set_adapter` of either model says which of them is in front."
+            )
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
-            if is_first:
-                _take_out(model)
-            else:
-                _take_out_adapter(model, adapter_name)
+            _take_out(model, [adapter_name])
+            for module, names in active.items():
+                module.set_adapter(names)
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(requires_grad[name])
-            self.peft_config.pop(adapter_name, None)  # transformers' dict, if it is an adapter beside others there
+            self._forget(model, adapter_name)
             raise
+
+    def _forget(self, model: nn.Module, adapter_name: str) -> None:
+        """Removes the name of an adapter that was not added from where transformers has noted it."""
+        self.peft_config.pop(adapter_name, None)  # of the model, if it is an adapter beside others there
+        if not hasattr(model, "peft_config"):
+            vars(model).pop("_hf_peft_config_loaded", None)
 
     def _prepare_adapter_config(self, peft_config: PTuningConfig, model_config: dict) -> PTuningConfig:
         """All checks of the model and of the weights that came with the config, before anything is changed."""
@@ -272,9 +288,15 @@ class PTuningModel(BaseTuner):
     def _unload_and_optionally_merge(self, merge=True, progressbar=False, safe_merge=False, adapter_names=None):
         if merge:
             self._check_merge_allowed()
-        _take_out(self.model)
+        _take_out(self.model, self.peft_config)
+        backbone = self.model.get_submodule(self._backbone.name)
+        # Where another model has prompts on this backbone, it stays frozen for them.
+        is_shared = any(isinstance(module, PTuningLayer) for module in backbone.modules())
+        frozen = set(backbone.parameters()) if is_shared else set()
         for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(self._requires_grad_before.get(name, parameter.requires_grad))
+            if parameter not in frozen:
+                parameter.requires_grad_(self._requires_grad_before.get(name, parameter.requires_grad))
+        vars(self.model).pop("_hf_peft_config_loaded", None)
         if hasattr(self.model, "peft_config"):
             del self.model.peft_config
         return self.model
@@ -304,24 +326,29 @@ def _keeping_requires_grad(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(requires_grad)
 
 
-def _take_out(model: nn.Module) -> None:
-    """Unwraps the backbone, removes the tuner layer and the copies of trained modules: the base model as it came."""
-    if find_stack(model) is not None:
-        detach(model)
-    for name, module in list(model.named_modules()):
+def _take_out(model: nn.Module, adapter_names: Iterable[str]) -> None:
+    """Removes adapters; with the last of them the backbone's wrapping, the tuner layer and that of trained modules.
+
+    Adapters of another model around the same backbone stay, and so do those of other methods.
+    """
+    names, stack = set(adapter_names), find_stack(model)
+    for path, module in list(model.named_modules()):
         if isinstance(module, PTuningLayer):
-            _replace(model, name, module.base_layer)
+            for name in names & module.ptuning_encoders.keys():
+                del module.ptuning_encoders[name]
+                stack.ptuning.kept.forget(name)
+            if not module.ptuning_encoders:
+                if stack is not None:  # else attaching has failed
+                    detach(model)
+                _replace(model, path, module.base_layer)
+            elif names & set(module.active_adapters):
+                module.set_adapter(next(iter(module.ptuning_encoders)))
         elif isinstance(module, AuxiliaryTrainingWrapper):
-            _replace(model, name, module.original_module)
-
-
-def _take_out_adapter(model: nn.Module, adapter_name: str) -> None:
-    """Removes what a failed injection has left of one adapter beside others."""
-    for module in model.modules():
-        if isinstance(module, PTuningLayer) and adapter_name in module.ptuning_encoders:
-            del module.ptuning_encoders[adapter_name]
-        elif isinstance(module, AuxiliaryTrainingWrapper) and adapter_name in module._adapters:
-            module.delete_adapter(adapter_name, new_active_adapters=None)
+            if module._adapters <= names:
+                _replace(model, path, module.original_module)
+            else:
+                for name in names & module._adapters:
+                    module.delete_adapter(name, new_active_adapters=None)
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 import transformers
 from families import make_model
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from reference import V, main_output, make_batch
 from transformers import LlamaForCausalLM
 
@@ -321,6 +321,54 @@ def test_a_module_around_a_model_has_no_task_type() -> None:
     assert model(**batch).shape == expected.shape
     with pytest.raises(ValueError, match="Delegating lacks `prepare_inputs_for_generation`"):
         get_peft_model(Delegating(make_model("BERT", "FEATURE_EXTRACTION")), PTuningConfig(task_type="CAUSAL_LM"))
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute in the model:UserWarning")
+def test_a_refused_adapter_leaves_transformers_methods_as_they_were() -> None:
+    model, batch = make_model("BERT", "SEQ_CLS"), make_batch("BERT", "SEQ_CLS")
+    before = state_of(model)
+    with pytest.raises(ValueError, match="has 64 positions"):
+        model.add_adapter(PTuningConfig(num_virtual_tokens=64))
+    assert state_of(model) == before
+    model.add_adapter(PTuningConfig(num_virtual_tokens=V, modules_to_save=["classifier"]))
+    expected, before = main_output(model.eval()(**batch)), state_of(model)
+    for bad in (PTuningConfig(num_virtual_tokens=64), PTuningConfig(modules_to_save=["encoder.layer"])):
+        with pytest.raises((TypeError, ValueError)):
+            model.add_adapter(bad, "other")
+        assert state_of(model) == before
+        assert model.active_adapters() == ["default"]
+        assert torch.equal(main_output(model(**batch)), expected)
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute in the model:UserWarning")
+def test_a_refused_prompt_leaves_the_head_of_a_lora() -> None:
+    model, batch = make_model("BERT", "SEQ_CLS"), make_batch("BERT", "SEQ_CLS")
+    model.add_adapter(LoraConfig(target_modules=["query"], modules_to_save=["classifier"]), "low_rank")
+    with torch.no_grad():
+        model.classifier.modules_to_save["low_rank"].weight.add_(1.0)
+    expected, before = main_output(model.eval()(**batch)), state_of(model)
+    for bad in (PTuningConfig(num_virtual_tokens=64), PTuningConfig(modules_to_save=["encoder.layer"])):
+        with pytest.raises((TypeError, ValueError)):
+            model.add_adapter(bad, "prompt")
+        assert state_of(model) == before
+        assert torch.equal(main_output(model(**batch)), expected)
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time:UserWarning")
+def test_a_name_that_another_model_around_the_backbone_has_is_refused() -> None:
+    policy, reward = make_model("Llama", "CAUSAL_LM"), make_model("Llama", "SEQ_CLS")
+    reward.model = policy.model
+    batch = make_batch("Llama", "CAUSAL_LM")
+    model = get_peft_model(policy, PTuningConfig(num_virtual_tokens=V, task_type="CAUSAL_LM")).eval()
+    expected, before = main_output(model(**batch)), state_of(reward)
+    with pytest.raises(ValueError, match="LlamaForSequenceClassification has an adapter named 'default' already"):
+        get_peft_model(reward, PTuningConfig(num_virtual_tokens=V + 1, task_type="SEQ_CLS"))
+    with pytest.raises(ValueError, match="LlamaForSequenceClassification has an adapter named 'default' already"):
+        reward.add_adapter(PTuningConfig(num_virtual_tokens=V + 1))
+    assert state_of(reward) == before
+    assert torch.equal(main_output(model(**batch)), expected)
+    reward.add_adapter(PTuningConfig(num_virtual_tokens=V + 1), "reward")
+    assert main_output(reward.eval()(**batch)).isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["bert", "embeddings", "word_embeddings", "bert.embeddings"])

@@ -427,6 +427,38 @@ def test_a_new_adapter_takes_the_mode_of_the_model(is_training, tmp_path) -> Non
 
 
 @pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time:UserWarning")
+@pytest.mark.parametrize("first", ["policy", "reward"])
+@torch.no_grad()
+def test_two_models_around_one_backbone(first, out) -> None:
+    """Prompts of both are at the backbone, one of them in front; unloading one model leaves the other's."""
+    bases = {"policy": make_model("Llama", "CAUSAL_LM"), "reward": make_model("Llama", "SEQ_CLS")}
+    bases["reward"].model = bases["policy"].model
+    plain = {name: out(base, "Llama", "CAUSAL_LM") for name, base in bases.items()}
+    tasks = {"policy": "CAUSAL_LM", "reward": "SEQ_CLS"}
+    models = {name: get_peft_model(bases[name], make_config(tasks[name]), name).eval() for name in bases}
+    found = {}
+    for name, model in models.items():
+        model.set_adapter(name)
+        found[name] = out(model, "Llama", "CAUSAL_LM")
+    for name, model in models.items():
+        model.set_adapter(name)
+        assert torch.equal(out(model, "Llama", "CAUSAL_LM"), found[name])
+
+    other = next(name for name in models if name != first)
+    models[other].set_adapter(other)
+    trained = names_of_trained(models[other])
+    assert torch.equal(out(models[first].unload(), "Llama", "CAUSAL_LM"), out(bases[first], "Llama", "CAUSAL_LM"))
+    assert torch.equal(out(models[other], "Llama", "CAUSAL_LM"), found[other])
+    assert names_of_trained(models[other]) == trained
+    assert models[other].unload() is bases[other]
+    for name, base in bases.items():
+        assert torch.equal(out(base, "Llama", "CAUSAL_LM"), plain[name])
+        untouched = make_model("Llama", tasks[name])
+        modules = [(name, type(module)) for name, module in untouched.named_modules()]
+        assert [(name, type(module)) for name, module in base.named_modules()] == modules
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time:UserWarning")
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute in the model:UserWarning")
 def test_a_prompt_on_a_model_with_lora_layers(out) -> None:
     lora = LoraConfig(target_modules=["query"], init_lora_weights=False)
