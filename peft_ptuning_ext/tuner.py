@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn, Optional
 
@@ -18,12 +18,12 @@ from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .backbone import find_backbone
-from .config import PTuningConfig
+from .config import PromptEncoderType, PTuningConfig
 from .files.checkpoint import ENCODER_KEY, check_file, check_state
 from .forward.wrap import attach, detach, why_in_row
 from .prompts.adapter import find_layer, find_stack
 from .prompts.encoder import build_encoder
-from .prompts.layer import PTuningLayer
+from .prompts.layer import PTuningLayer, execution_device
 from .registration import PREFIX
 
 
@@ -212,6 +212,7 @@ class PTuningModel(BaseTuner):
         backbone = self._backbone = find_backbone(self.model)
         if self._is_in_peft_model:
             _check_task_type(self.model, peft_config.task_type)
+        self._check_offloaded(peft_config)
         if ENCODER_KEY.strip(".") in self.peft_config:
             raise ValueError(f"An adapter can't be named {ENCODER_KEY.strip('.')!r}, the name of the module it is in.")
         for name in peft_config.modules_to_save or ():
@@ -232,6 +233,33 @@ class PTuningModel(BaseTuner):
                 encoder = build_encoder(peft_config, backbone.width)
             check_file(path, encoder, backbone.embedding_path, self._trained_state(peft_config), self._embeddings())
         return peft_config
+
+    def _check_offloaded(self, peft_config: PTuningConfig) -> None:
+        """Refuses offloaded weights where PEFT or transformers would lose what they load beside them."""
+        name, endings = type(self.model).__name__, tuple(peft_config.modules_to_save or ())
+        for path, module in self.model.named_modules():
+            if path.endswith(endings) and any(execution_device(part) is not None for part in module.modules()):
+                raise ValueError(
+                    f"`modules_to_save` names {path!r}, whose weights are offloaded: PEFT can neither train nor load "
+                    "a copy of it. Load the model with a `device_map` that keeps it on a device."
+                )
+        if not peft_config._from_file:
+            return
+        table = self.model.get_submodule(self._backbone.embedding_path)
+        table = table.get_base_layer() if isinstance(table, PTuningLayer) else table
+        is_offloaded, device_map = execution_device(table) is not None, getattr(self.model, "hf_device_map", None)
+        if is_offloaded and device_map is None and not self._is_in_peft_model:
+            raise ValueError(
+                f"The weights of this {name} are offloaded and it has no `hf_device_map`: `load_adapter` of "
+                "transformers would lose the prompt. Call `PeftModel.from_pretrained(model, folder)`."
+            )
+        # PeftModel.from_pretrained has taken the hooks off, and writes plain vectors to disk beside the embedding.
+        is_on_disk = not is_offloaded and table.weight.is_meta and "disk" in (device_map or {}).values()
+        if is_on_disk and peft_config.encoder_reparameterization_type is not PromptEncoderType.NONE:
+            raise ValueError(
+                f"The input embedding of this {name} is on disk, where PEFT has no place for the network of a prompt "
+                "encoder. Load the model again and call its own `model.load_adapter(folder)`."
+            )
 
     def _embeddings(self) -> dict[str, torch.Tensor]:
         """The weights of input and output embedding, by the names that they have behind the tuner layer."""
@@ -268,6 +296,11 @@ class PTuningModel(BaseTuner):
         target.update_layer(adapter_name, peft_config)
         # A new module is in training mode: its dropout would act on a model that was put into evaluation mode before.
         target.ptuning_encoders[adapter_name].train(self.model.training)
+        device = execution_device(target.get_base_layer())
+        if device is not None and getattr(self.model, "hf_device_map", None) is not None:
+            # transformers loads a prompt to where its map has the embedding. That is not where the prompt is used, and
+            # what belongs on disk is not loaded at all.
+            self.model.hf_device_map[f"{current_key}{ENCODER_KEY}".rstrip(".")] = device
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # PEFT's own leaves an encoder that is not upcast in the dtype that it was made in, which is not the base's.
@@ -277,6 +310,19 @@ class PTuningModel(BaseTuner):
             encoder.float()
         elif layer.weight.is_floating_point():
             encoder.to(layer.weight.dtype)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> PTuningModel:
+        try:
+            return super()._apply(fn, recurse)
+        except NotImplementedError as error:  # "Cannot copy out of meta tensor"
+            if "disk" not in getattr(self.model, "hf_device_map", {}).values():
+                raise
+            raise ValueError(
+                f"Weights of this {type(self.model).__name__} are on disk and can't be moved from there. Where "
+                "`PeftModel.from_pretrained` meets such a model it has to be told where the weights belong: load the "
+                "model again, and pass its `device_map` with `base_model.model.` before each name, and "
+                "`offload_folder`. Or call the model's own `model.load_adapter(folder)`."
+            ) from error
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(
@@ -340,6 +386,7 @@ def _take_out(model: nn.Module, adapter_names: Iterable[str]) -> None:
             if not module.ptuning_encoders:
                 if stack is not None:  # else attaching has failed
                     detach(model)
+                getattr(model, "hf_device_map", {}).pop(f"{path}{ENCODER_KEY}".rstrip("."), None)
                 _replace(model, path, module.base_layer)
             elif names & set(module.active_adapters):
                 module.set_adapter(next(iter(module.ptuning_encoders)))

@@ -160,10 +160,15 @@ class PTuningLayer(nn.Module, BaseTunerLayer):
     @property
     def _device(self) -> torch.device:
         """Where the embedding computes: an offloaded one has its weights elsewhere."""
-        hook = getattr(self.get_base_layer(), "_hf_hook", None)
-        if getattr(hook, "offload", False):
-            return torch.device(hook.execution_device)
-        return self.weight.device
+        device = execution_device(self.get_base_layer())
+        return self.weight.device if device is None else torch.device(device)
+
+
+def execution_device(module: nn.Module) -> Optional[int | str | torch.device]:
+    """Where a module computes whose weights accelerate keeps elsewhere; `None` if they are where it computes."""
+    outer = getattr(module, "_hf_hook", None)
+    hooks = getattr(outer, "hooks", (outer,))  # of a SequentialHook, or the only one
+    return next((hook.execution_device for hook in hooks if getattr(hook, "offload", False)), None)
 
 
 def _gather(parameter: DTensor) -> torch.Tensor:

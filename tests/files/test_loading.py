@@ -16,6 +16,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
+from accelerate import disk_offload
 from families import make_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from reference import V, main_output, make_batch
@@ -547,3 +548,110 @@ def test_a_config_that_can_not_be_written_leaves_the_old_one(saved, monkeypatch)
     with pytest.raises(TypeError):
         config.save_pretrained(saved / "new" / "folder")
     assert not [path for path in saved.iterdir() if path.is_dir()]
+
+
+ON_DISK = {"model": "disk", "lm_head": "cpu"}
+
+
+@pytest.fixture(name="offloaded")
+def _offloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Loads a saved model with parts of it on disk."""
+    monkeypatch.chdir(tmp_path)  # PEFT writes weights on disk anew, and to a path that begins in the current folder
+
+    def load(family: str, task: str, device_map: dict[str, str]) -> torch.nn.Module:
+        make_model(family, task).save_pretrained(tmp_path / "base")
+        return (
+            type(make_model(family, task))
+            .from_pretrained(tmp_path / "base", device_map=device_map, offload_folder=tmp_path / "offloaded")
+            .eval()
+        )
+
+    return load
+
+
+def save_prompt(folder: Path, family: str, task: str, **kwargs) -> torch.Tensor:
+    """Saves an adapter whose head is no copy of the base's; returns the output with it."""
+    config = PTuningConfig(num_virtual_tokens=V, task_type=task, **kwargs)
+    model = get_peft_model(make_model(family, task), config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+    model.save_pretrained(folder)
+    return main_output(model(**make_batch(family, task)))
+
+
+networks = pytest.mark.parametrize("encoder", ["NONE", "MLP", "LSTM", "RESIDUAL"])
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute in the model:UserWarning")
+@pytest.mark.filterwarnings("ignore:for .*copying from a non-meta parameter:UserWarning")  # PEFT reads it from disk
+@networks
+@torch.no_grad()
+def test_a_prompt_is_loaded_beside_an_embedding_on_disk(encoder, offloaded, tmp_path) -> None:
+    folder, batch = tmp_path / "adapter", make_batch("Llama", "CAUSAL_LM")
+    expected = save_prompt(folder, "Llama", "CAUSAL_LM", encoder_reparameterization_type=encoder)
+    model = offloaded("Llama", "CAUSAL_LM", ON_DISK)
+    assert model.model.embed_tokens.weight.is_meta
+    model.load_adapter(folder)
+    torch.testing.assert_close(model(**batch).logits, expected, rtol=0, atol=1e-6)
+    model.load_adapter(folder, "second")
+    model.set_adapter("second")
+    torch.testing.assert_close(model(**batch).logits, expected, rtol=0, atol=1e-6)
+
+    # As PEFT has it, whose networks find no place on disk.
+    model = offloaded("Llama", "CAUSAL_LM", ON_DISK)
+    device_map = {f"base_model.model.{name}": device for name, device in ON_DISK.items()}
+    options = {"device_map": device_map, "offload_folder": tmp_path / "again"}
+    if encoder == "NONE":
+        model = PeftModel.from_pretrained(model, folder, **options)
+        torch.testing.assert_close(model(**batch).logits, expected, rtol=0, atol=1e-6)
+    else:
+        with pytest.raises(ValueError, match="is on disk, where PEFT has no place for the network"):
+            PeftModel.from_pretrained(model, folder, **options)
+        assert not hasattr(model, "peft_config")
+
+
+def test_unloading_a_prompt_leaves_the_device_map_as_it_was(offloaded) -> None:
+    base = offloaded("Llama", "CAUSAL_LM", ON_DISK)
+    before = dict(base.hf_device_map)
+    model = get_peft_model(base, PTuningConfig(num_virtual_tokens=V))
+    assert base.hf_device_map != before
+    assert model.unload().hf_device_map == before
+
+
+@pytest.mark.filterwarnings("ignore:for .*copying from a non-meta parameter:UserWarning")  # PEFT reads it from disk
+def test_peft_is_told_where_weights_on_disk_belong(offloaded, tmp_path) -> None:
+    """PEFT lays a model out anew when it loads an adapter, and does not find where the weights on disk are."""
+    save_prompt(tmp_path / "adapter", "Llama", "CAUSAL_LM")
+    base = offloaded("Llama", "CAUSAL_LM", ON_DISK)
+    with pytest.raises(ValueError, match="are on disk and can't be moved.*pass its `device_map`.*load_adapter"):
+        PeftModel.from_pretrained(base, tmp_path / "adapter")
+
+
+@torch.no_grad()
+def test_a_prompt_for_a_model_offloaded_without_a_map(tmp_path) -> None:
+    """transformers would load the prompt to where the first weight is, which is on no device."""
+    expected = save_prompt(tmp_path / "adapter", "Llama", "CAUSAL_LM", encoder_reparameterization_type="MLP")
+    model, batch = disk_offload(make_model("Llama", "CAUSAL_LM"), tmp_path / "off"), make_batch("Llama", "CAUSAL_LM")
+    before = [(name, type(module)) for name, module in model.named_modules()]
+    with pytest.raises(ValueError, match="`load_adapter` of transformers would lose the prompt. Call `PeftModel.from"):
+        model.load_adapter(tmp_path / "adapter")
+    assert [(name, type(module)) for name, module in model.named_modules()] == before
+    model = PeftModel.from_pretrained(model, tmp_path / "adapter")
+    torch.testing.assert_close(model(**batch).logits, expected, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_head_on_disk_is_refused(offloaded, tmp_path) -> None:
+    """The head beside a prompt would be the base's, silently."""
+    expected = save_prompt(tmp_path / "adapter", "BERT", "SEQ_CLS")
+    base, batch = offloaded("BERT", "SEQ_CLS", {"bert": "cpu", "classifier": "disk"}), make_batch("BERT", "SEQ_CLS")
+    before, plain = state_of(base), main_output(base(**batch))
+    with pytest.raises(ValueError, match="`modules_to_save` names 'classifier', whose weights are offloaded"):
+        base.load_adapter(tmp_path / "adapter")
+    assert state_of(base) == before
+    assert torch.equal(main_output(base(**batch)), plain)
+    model = offloaded("BERT", "SEQ_CLS", {"bert": "disk", "classifier": "cpu"})
+    model.load_adapter(tmp_path / "adapter")
+    torch.testing.assert_close(main_output(model(**batch)), expected, rtol=0, atol=1e-6)
