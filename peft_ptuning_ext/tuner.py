@@ -336,9 +336,9 @@ class PTuningModel(BaseTuner):
             self._check_merge_allowed()
         _take_out(self.model, self.peft_config)
         backbone = self.model.get_submodule(self._backbone.name)
-        # Where another model has prompts on this backbone, it stays frozen for them.
         is_shared = any(isinstance(module, PTuningLayer) for module in backbone.modules())
-        frozen = set(backbone.parameters()) if is_shared else set()
+        # Where another model has prompts on this backbone, it stays frozen for them.
+        frozen = {p for name, p in backbone.named_parameters() if is_shared and ENCODER_KEY not in name}
         for name, parameter in self.model.named_parameters():
             if parameter not in frozen:
                 parameter.requires_grad_(self._requires_grad_before.get(name, parameter.requires_grad))

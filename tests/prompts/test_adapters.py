@@ -427,9 +427,10 @@ def test_a_new_adapter_takes_the_mode_of_the_model(is_training, tmp_path) -> Non
 
 
 @pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time:UserWarning")
+@pytest.mark.parametrize("is_active", [False, True])
 @pytest.mark.parametrize("first", ["policy", "reward"])
 @torch.no_grad()
-def test_two_models_around_one_backbone(first, out) -> None:
+def test_two_models_around_one_backbone(first, is_active, out) -> None:
     """Prompts of both are at the backbone, one of them in front; unloading one model leaves the other's."""
     bases = {"policy": make_model("Llama", "CAUSAL_LM"), "reward": make_model("Llama", "SEQ_CLS")}
     bases["reward"].model = bases["policy"].model
@@ -447,6 +448,9 @@ def test_two_models_around_one_backbone(first, out) -> None:
     other = next(name for name in models if name != first)
     models[other].set_adapter(other)
     trained = names_of_trained(models[other])
+    assert [name for name in trained if f".{other}." in name]
+    if is_active:
+        models[first].set_adapter(first)
     assert torch.equal(out(models[first].unload(), "Llama", "CAUSAL_LM"), out(bases[first], "Llama", "CAUSAL_LM"))
     assert torch.equal(out(models[other], "Llama", "CAUSAL_LM"), found[other])
     assert names_of_trained(models[other]) == trained
