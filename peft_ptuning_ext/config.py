@@ -75,7 +75,8 @@ class PTuningConfig(PeftConfig):
             Names of modules besides the prompt to train and save in full, such as a task head. PEFT adds the
             classification head by itself for the task types SEQ_CLS, TOKEN_CLS and QUESTION_ANS.
         task_type (`TaskType` or `str`, *optional*), inference_mode (`bool`, defaults to `False`):
-            As in [`~peft.PeftConfig`]. With `inference_mode=True` the prompt is frozen.
+            As in [`~peft.PeftConfig`]. With `inference_mode=True` the prompt is frozen. The task type decides how PEFT
+            calls the model: a module that holds a transformers model and is none itself goes without.
 
     Raises:
         ValueError: A value is outside its range, or a field has no meaning for the chosen encoder or start.

@@ -61,8 +61,9 @@ class PTuningModel(BaseTuner):
 
     Raises:
         ValueError:
-            P-tuning can't work on this model, has this adapter already, or the weights beside a config that was loaded
-            don't fit. The model is then as it was.
+            P-tuning can't work on this model or PEFT not use it for the task type, the model or another one around
+            the same backbone has this adapter already, or the weights beside a config that was loaded don't fit. The
+            model is then as it was.
     """
 
     prefix: str = PREFIX
@@ -212,7 +213,9 @@ class PTuningModel(BaseTuner):
         backbone = self._backbone = find_backbone(self.model)
         if self._is_in_peft_model:
             _check_task_type(self.model, peft_config.task_type)
-        self._check_offloaded(peft_config)
+        self._check_offloaded_modules(peft_config)
+        if peft_config._from_file:
+            self._check_offloaded_embedding(peft_config)
         if ENCODER_KEY.strip(".") in self.peft_config:
             raise ValueError(f"An adapter can't be named {ENCODER_KEY.strip('.')!r}, the name of the module it is in.")
         for name in peft_config.modules_to_save or ():
@@ -234,26 +237,29 @@ class PTuningModel(BaseTuner):
             check_file(path, encoder, backbone.embedding_path, self._trained_state(peft_config), self._embeddings())
         return peft_config
 
-    def _check_offloaded(self, peft_config: PTuningConfig) -> None:
-        """Refuses offloaded weights where PEFT or transformers would lose what they load beside them."""
-        name, endings = type(self.model).__name__, tuple(peft_config.modules_to_save or ())
-        for path, module in self.model.named_modules():
-            if path.endswith(endings) and any(execution_device(part) is not None for part in module.modules()):
+    def _check_offloaded_modules(self, peft_config: PTuningConfig) -> None:
+        """Refuses to train a module whose weights are elsewhere: what is loaded into a copy of it would be lost."""
+        endings = tuple(peft_config.modules_to_save or ())
+        for name, module in self.model.named_modules():
+            if name.endswith(endings) and any(execution_device(part) is not None for part in module.modules()):
                 raise ValueError(
-                    f"`modules_to_save` names {path!r}, whose weights are offloaded: PEFT can neither train nor load "
+                    f"`modules_to_save` names {name!r}, whose weights are offloaded: PEFT can neither train nor load "
                     "a copy of it. Load the model with a `device_map` that keeps it on a device."
                 )
-        if not peft_config._from_file:
-            return
+
+    def _check_offloaded_embedding(self, peft_config: PTuningConfig) -> None:
+        """Refuses to load a prompt beside an offloaded embedding where its values would be lost."""
+        name, device_map = type(self.model).__name__, getattr(self.model, "hf_device_map", None)
         table = self.model.get_submodule(self._backbone.embedding_path)
         table = table.get_base_layer() if isinstance(table, PTuningLayer) else table
-        is_offloaded, device_map = execution_device(table) is not None, getattr(self.model, "hf_device_map", None)
+        is_offloaded = execution_device(table) is not None
         if is_offloaded and device_map is None and not self._is_in_peft_model:
             raise ValueError(
                 f"The weights of this {name} are offloaded and it has no `hf_device_map`: `load_adapter` of "
                 "transformers would lose the prompt. Call `PeftModel.from_pretrained(model, folder)`."
             )
-        # PeftModel.from_pretrained has taken the hooks off, and writes plain vectors to disk beside the embedding.
+        # PeftModel.from_pretrained has taken the hooks off. It writes plain vectors to disk beside the embedding, but
+        # not the parameters of a network.
         is_on_disk = not is_offloaded and table.weight.is_meta and "disk" in (device_map or {}).values()
         if is_on_disk and peft_config.encoder_reparameterization_type is not PromptEncoderType.NONE:
             raise ValueError(
