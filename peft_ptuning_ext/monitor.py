@@ -24,7 +24,7 @@ MIN_EFFECT = 0.001
 
 
 class PromptMonitor(TrainerCallback):
-    """Logs the prompt beside the loss, and warns once when it does not learn.
+    """Logs the prompt beside the loss, and warns once when it does not learn, or at the start if it is frozen.
 
     Each log entry that has a loss gains
 
@@ -69,7 +69,11 @@ class PromptMonitor(TrainerCallback):
         self._grad_norm: Optional[torch.Tensor] = None  # of the last step, read when it is logged
         self._highest_grad_norm = 0.0
         self._losses: list[float] = []
-        self._has_warned = False
+        name = layer.active_adapters[0]
+        is_frozen = not any(p.requires_grad for p in layer.ptuning_encoders[name].parameters())
+        if is_frozen and state.is_world_process_zero:
+            warnings.warn(_advise_to_unfreeze(name), stacklevel=2)
+        self._has_warned = is_frozen
         self._batch = self._first_rows(kwargs.get("train_dataloader"), args.device)
 
     def on_pre_optimizer_step(
@@ -149,6 +153,14 @@ def _advise(symptom: str, steps: int, learning_rate: float) -> str:
         f"weights, 1e-3 to 5e-2 with plain vectors (`learning_rate` is {learning_rate:g}), with warm-up. Then try "
         'another start (`prompt_tuning_init="SAMPLE_VOCAB"` or `"TEXT"`). '
         "Without any gradient, look at the labels first: all of them may be ignored."
+    )
+
+
+def _advise_to_unfreeze(adapter_name: str) -> str:
+    return (
+        f"The prompt of the adapter {adapter_name!r} is frozen: this training does not change it. Adapters are loaded "
+        "for inference unless `is_trainable=True` is given. To train it, load it with "
+        "`PeftModel.from_pretrained(model, folder, is_trainable=True)` and make the trainer with that model."
     )
 
 

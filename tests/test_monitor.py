@@ -10,7 +10,7 @@ import warnings
 import pytest
 import torch
 from families import VOCABULARY, make_model
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
@@ -194,12 +194,6 @@ def test_gradients_that_are_kept_elsewhere_are_not_missed(tmp_path) -> None:
     assert entries[-1]["prompt_shift"] > 0
 
 
-def frozen(trainer: Trainer) -> None:
-    for name, parameter in trainer.model.named_parameters():
-        if "ptuning_encoders" in name:
-            parameter.requires_grad_(False)
-
-
 def without_weights_on_the_prompt(trainer: Trainer) -> None:
     """Attention that no longer reads values: the prompt goes nowhere, and no gradient comes back."""
     for name, parameter in trainer.model.named_parameters():
@@ -215,7 +209,6 @@ def with_not_a_number(trainer: Trainer) -> None:
     ("change", "arguments", "symptom"),
     [
         (None, {"learning_rate": 1e-6}, r"it has moved by 0\.0\d% of its norm only.*`learning_rate` is 1e-06"),
-        (frozen, {}, "no gradient has reached it"),
         (without_weights_on_the_prompt, {}, "no gradient has reached it"),
         (with_not_a_number, {}, "it has values that are not finite"),
         (None, {"learning_rate": 30.0, "warmup_steps": 12}, r"the loss has not fallen \(.* at first, .* now\)"),
@@ -233,6 +226,31 @@ def test_a_prompt_that_does_not_learn_is_told_once(change, arguments, symptom, t
     assert len(messages) == 1
     with pytest.raises(UserWarning, match=f"After 12 steps .*{symptom}.*SAMPLE_VOCAB"):
         warnings.warn(messages[0], stacklevel=1)
+
+
+def test_a_frozen_prompt_is_told_before_the_first_step(tmp_path) -> None:
+    make_trainer(tmp_path).model.save_pretrained(tmp_path / "adapter")
+    trainer = make_trainer(tmp_path, max_steps=6)
+    trainer.model = PeftModel.from_pretrained(make_model("BERT", "SEQ_CLS"), tmp_path / "adapter")
+    trainer.model.enable_input_require_grads()  # as trainers do that checkpoint: the backward pass then finds a path
+    steps = []
+
+    class Steps(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            steps.append(len(caught))
+
+    trainer.add_callback(Steps())
+    PromptMonitor.watch(trainer, patience=2)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.train()
+    messages = [str(warning.message) for warning in caught if "prompt" in str(warning.message)]
+    assert len(messages) == 1
+    assert "'default' is frozen" in messages[0]
+    assert "is_trainable=True" in messages[0]
+    assert "learning rate" not in messages[0]
+    assert steps[0] >= 1
+    assert {entry["prompt_shift"] for entry in logged(trainer)} == {0}
 
 
 def test_outputs_like_the_bases_are_told(tmp_path, monkeypatch) -> None:
