@@ -13,8 +13,9 @@ from families import VOCABULARY, make_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments, default_data_collator
+from transformers.integrations.neftune import activate_neftune
 
-from peft_ptuning_ext import PromptMonitor, PTuningConfig
+from peft_ptuning_ext import PromptMonitor, PTuningConfig, to_prompt_embeds
 
 
 V = 4
@@ -309,6 +310,31 @@ def test_nearest_tokens_are_those_a_prompt_starts_at(family, task, tokenizer) ->
     assert opposite[-1] == ("w7", pytest.approx(-1.0))
     assert {token for token, _ in same} == set(tokenizer.get_vocab())
     assert model.nearest_tokens(tokenizer) == [same[:5], longer[:5], opposite[:5]]
+
+
+@pytest.mark.parametrize("around", [True, False])
+def test_noise_on_the_embedding_stays_out_of_nearest_tokens_and_starts(around, tokenizer) -> None:
+    """NEFTune's hook expects (B, S, H); it stands around the tuner layer, or on an embedding that is wrapped later."""
+    config = PTuningConfig(num_virtual_tokens=V, prompt_tuning_init="SAMPLE_VOCAB")
+    base = make_model("Gemma 3", "CAUSAL_LM")  # its embedding multiplies, which is no noise
+    table = base.get_input_embeddings()(torch.arange(VOCABULARY)).detach()
+    if not around:
+        activate_neftune(base, 50.0)
+    model = get_peft_model(base, config).train()
+    if around:
+        activate_neftune(model, 50.0)
+    model.add_adapter("second", config)
+    for name in ("default", "second"):
+        distances = torch.cdist(model.prompt_embeddings(name), table, compute_mode="donot_use_mm_for_euclid_dist")
+        assert distances.amin(dim=1).max() < 1e-5
+        directions = torch.nn.functional.normalize(table[: len(tokenizer)], dim=1)
+        cosines = torch.nn.functional.normalize(model.prompt_embeddings(name), dim=1) @ directions.T
+        nearest = [row[0][1] for row in model.nearest_tokens(tokenizer, 1, name)]
+        assert nearest == pytest.approx(cosines.amax(dim=1).tolist())
+    ids = torch.arange(5)
+    assert torch.equal(to_prompt_embeds(model, ids)[V:], table[:5])
+    assert not torch.allclose(model.get_input_embeddings()(ids[None])[0], table[:5])  # and training has its noise
+    assert all(module.training for module in model.modules())
 
 
 def test_nearest_tokens_of_another_adapter(tokenizer) -> None:

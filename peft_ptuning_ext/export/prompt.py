@@ -66,5 +66,5 @@ def to_prompt_embeds(model: nn.Module, input_ids: torch.Tensor, adapter_name: Op
         input_ids = input_ids[0]
     if input_ids.dim() != 1:
         raise ValueError(f"`input_ids` must be one text, shape (S,) or (1, S), got {tuple(input_ids.shape)}.")
-    embeds = adapter.layer.embed(input_ids.to(adapter.layer.weight.device))
+    embeds = adapter.layer.look_up(input_ids.to(adapter.layer.weight.device))
     return torch.cat([adapter.prompt().to(embeds), embeds])

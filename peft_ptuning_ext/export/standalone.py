@@ -206,9 +206,9 @@ def _as_rows(adapter: Adapter, prompt: torch.Tensor) -> torch.Tensor:
     table = layer.get_base_layer().weight
     largest = int(table.abs().max(dim=1).values.argmax())
     column = int(table[largest].abs().argmax())
-    scale = layer.embed(torch.tensor([largest], device=table.device))[0, column] / table[largest, column]
+    scale = layer.look_up(torch.tensor([largest], device=table.device))[0, column] / table[largest, column]
     ids = torch.linspace(0, len(table) - 1, min(len(table), 64), device=table.device).long()
-    expected = layer.embed(ids).float()
+    expected = layer.look_up(ids).float()
     if not torch.allclose(table[ids].float() * scale.float(), expected, rtol=1e-2, atol=1e-6):
         raise ValueError(
             f"The embedding {type(layer.get_base_layer()).__name__} does more than look up a row and scale it: no "

@@ -53,6 +53,22 @@ class PTuningLayer(nn.Module, BaseTunerLayer):
         embeds = self(token_ids)
         return embeds if self.embed_scale == 1 else embeds * self.embed_scale
 
+    @torch.no_grad()
+    def look_up(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Embeddings of `token_ids` (N,) as in evaluation, for use outside a call of the model: (N, H).
+
+        Hooks on the embedding get one row (1, N, H), as in a call of the model. Those that add noise in training, such
+        as NEFTune's, add none.
+        """
+        was_training = {module: module.training for module in (self, *self.base_layer.modules())}
+        try:
+            for module in was_training:
+                module.training = False
+            return self.embed(token_ids[None])[0]
+        finally:
+            for module, mode in was_training.items():
+                module.training = mode
+
     @property
     def prompt_names(self) -> tuple[str, ...]:
         """Names of the adapters whose prompt is in front now; empty if there is none or adapters are disabled."""
@@ -155,7 +171,7 @@ class PTuningLayer(nn.Module, BaseTunerLayer):
     def embed_ids(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Embeddings of `token_ids` (N,) to compare a prompt with or start it at: (N, H), float32 on the CPU."""
         with gather_params_ctx(self.base_layer.parameters()), align_module_device(self.get_base_layer()):
-            return self.embed(token_ids.to(self._device)).float().cpu()
+            return self.look_up(token_ids.to(self._device)).float().cpu()
 
     @property
     def _device(self) -> torch.device:

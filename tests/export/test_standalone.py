@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from reference import V, main_output
+from safetensors.torch import load_file
 from tiny_tokenizers import BOS, CHAT, KINDS, SIZE, TEXTS, make_tokenizer
 from tokenizers import processors
 from transformers import (
@@ -30,6 +31,7 @@ from transformers import (
     T5GemmaModuleConfig,
     pipeline,
 )
+from transformers.integrations.neftune import activate_neftune
 
 from peft_ptuning_ext import PTuningConfig, export_standalone
 
@@ -177,6 +179,16 @@ def test_generated_ids(case, computed) -> None:
     assert found["probabilities"][:, SIZE:].max() == 0
     tolerance = 1e-6 if case.dtype == torch.float32 else 1e-2
     torch.testing.assert_close(found["probabilities"][:, :SIZE], expected["probabilities"], rtol=0, atol=tolerance)
+
+
+def test_noise_on_the_embedding_is_not_written(tmp_path) -> None:
+    model, tokenizer = Case("Gemma 3").make(), make_tokenizer("Gemma")
+    export_standalone(model, tokenizer, tmp_path / "quiet")
+    activate_neftune(model.train(), 50.0)
+    export_standalone(model, tokenizer, tmp_path / "noisy")
+    quiet, noisy = (load_file(tmp_path / name / "model.safetensors") for name in ("quiet", "noisy"))
+    assert quiet.keys() == noisy.keys()
+    assert all(torch.equal(noisy[key], value) for key, value in quiet.items())
 
 
 def export(tmp_path: Path, tokenizer, family: str = "Llama", task: str = "CAUSAL_LM", rows: int = SIZE):
