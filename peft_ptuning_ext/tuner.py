@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import NoReturn, Optional
 
 import torch
+from accelerate.utils import is_compiled_module
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -19,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .backbone import find_backbone
 from .config import PromptEncoderType, PTuningConfig
-from .files.checkpoint import ENCODER_KEY, check_file, check_state
+from .files.checkpoint import ENCODER_KEY, check_file, check_state, saved_name
 from .forward.wrap import attach, detach, why_in_row
 from .prompts.adapter import find_layer, find_stack
 from .prompts.encoder import build_encoder
@@ -85,6 +86,18 @@ class PTuningModel(BaseTuner):
         # and its task type is a label only.
         self._is_in_peft_model = isinstance(peft_config, dict)
         super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict)
+        self.register_state_dict_post_hook(_to_saved_names)
+        self.register_load_state_dict_pre_hook(_from_saved_names)
+
+    def named_modules(
+        self, memo: Optional[set[nn.Module]] = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """Modules under the names that they have in a model that is not compiled, as in `state_dict`.
+
+        PEFT reads the keys of a file from these names. The file then fits a compiled model and a plain one.
+        """
+        for name, module in super().named_modules(memo, prefix, remove_duplicate):
+            yield prefix + saved_name(name.removeprefix(prefix)), module
 
     def prompt_embeddings(self, adapter_name: Optional[str] = None) -> torch.Tensor:
         """Returns the prompt that enters the model, whatever the encoder: shape (V, H), in the embedding's dtype.
@@ -234,7 +247,9 @@ class PTuningModel(BaseTuner):
         if source is not None and (path := source.find()) is not None:
             with torch.device("meta"):
                 encoder = build_encoder(peft_config, backbone.width)
-            check_file(path, encoder, backbone.embedding_path, self._trained_state(peft_config), self._embeddings())
+            place = saved_name(backbone.embedding_path)
+            trained, embeddings = self._trained_state(peft_config), self._embeddings()
+            check_file(path, encoder, place, _with_saved_names(trained), _with_saved_names(embeddings))
         return peft_config
 
     def _check_offloaded_modules(self, peft_config: PTuningConfig) -> None:
@@ -366,6 +381,25 @@ class PTuningModel(BaseTuner):
 
     def _layer(self) -> PTuningLayer:
         return find_layer(self.model)
+
+
+def _with_saved_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {saved_name(name): value for name, value in state.items()}
+
+
+def _to_saved_names(tuner: PTuningModel, state_dict: dict, prefix: str, local_metadata: dict) -> None:
+    """Hook behind `state_dict`: names without the modules that `torch.compile` puts in between."""
+    for key in [key for key in state_dict if key.startswith(prefix)]:
+        state_dict[prefix + saved_name(key.removeprefix(prefix))] = state_dict.pop(key)
+
+
+def _from_saved_names(tuner: PTuningModel, state_dict: dict, prefix: str, *args) -> None:
+    """Hook in front of `load_state_dict`: the names that the model has, compiled as it is."""
+    names = [prefix + name for name, module in nn.Module.named_modules(tuner) if is_compiled_module(module)]
+    for compiled in names:  # the outer ones come first
+        for key in [key for key in state_dict if key.startswith(f"{compiled}.")]:
+            inner = key.removeprefix(f"{compiled}.").removeprefix("_orig_mod.")
+            state_dict[f"{compiled}._orig_mod.{inner}"] = state_dict.pop(key)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, Pr
 from transformers.models.auto import modeling_auto
 
 from ..backbone import Backbone, find_backbone, is_decoder_only
-from ..files.checkpoint import replacing
+from ..files.checkpoint import replacing, saved_name
 from ..prompts.adapter import Adapter, find_adapter
 from .tokenizer import save_with_prompt
 
@@ -91,7 +91,7 @@ def export_standalone(
             "model, or `model.resize_token_embeddings` was not called."
         )
     ids = list(range(first_id, first_id + len(prompt)))
-    standalone = _make_model(adapter, backbone.embedding_path, prompt, first_id)
+    standalone = _make_model(adapter, saved_name(backbone.embedding_path), prompt, first_id)
     standalone.generation_config = _make_generation_config(base_model, ids)
     with replacing(directory, STALE) as folder:
         save_with_prompt(tokenizer, folder, ids)
@@ -183,12 +183,12 @@ def _on_meta(base_model: PreTrainedModel, config: PretrainedConfig) -> PreTraine
 
 def _plain_state(adapter: Adapter, embedding_path: str) -> dict[str, torch.Tensor]:
     """The state of the base model as it is without adapters, but with what this one has trained beside the prompt."""
-    state = adapter.base_model.state_dict()
+    state = {saved_name(name): value for name, value in adapter.base_model.state_dict().items()}
     wrapped = {embedding_path: "base_layer"}
     for name, module in adapter.base_model.named_modules():
         if isinstance(module, ModulesToSaveWrapper):
             is_mine = adapter.name in module.modules_to_save
-            wrapped[name] = f"modules_to_save.{adapter.name}" if is_mine else "original_module"
+            wrapped[saved_name(name)] = f"modules_to_save.{adapter.name}" if is_mine else "original_module"
     for name, inner in wrapped.items():
         prefix, kept = f"{name}.", f"{name}.{inner}."
         state = {

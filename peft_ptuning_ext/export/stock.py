@@ -15,7 +15,7 @@ from torch import nn
 
 from ..backbone import Backbone, find_backbone
 from ..config import PTuningConfig
-from ..files.checkpoint import ENCODER_KEY, CheckpointSource, read_tensors, replacing
+from ..files.checkpoint import ENCODER_KEY, CheckpointSource, read_tensors, replacing, saved_name
 from ..prompts.adapter import Adapter, find_adapter
 
 
@@ -151,7 +151,7 @@ def import_from_peft(
     prompt = tensors.pop(STOCK_KEY)[:length].clone()
     heads = {f"base_model.model.{key.removeprefix('base_model.')}": value for key, value in tensors.items()}
     with tempfile.TemporaryDirectory() as folder:
-        key = f"base_model.model.{backbone.embedding_path}{ENCODER_KEY}embedding"
+        key = f"base_model.model.{saved_name(backbone.embedding_path)}{ENCODER_KEY}embedding"
         save_file({key: prompt, **heads}, os.path.join(folder, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
         own.save_pretrained(folder)
         if not isinstance(base_model, PeftModel):
@@ -189,9 +189,9 @@ def _task_type(adapter: Adapter) -> Optional[str]:
 
 
 def trained_modules(adapter: Adapter) -> dict[str, nn.Module]:
-    """Modules that the adapter trains and saves beside the prompt, by their path in the base model."""
+    """Modules that the adapter trains and saves beside the prompt, by the names that they are saved under."""
     return {
-        name: module.modules_to_save[adapter.name]
+        saved_name(name): module.modules_to_save[adapter.name]
         for name, module in adapter.base_model.named_modules()
         if isinstance(module, ModulesToSaveWrapper) and adapter.name in module.modules_to_save
     }

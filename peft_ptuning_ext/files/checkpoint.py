@@ -74,6 +74,16 @@ class CheckpointSource:
         )
 
 
+def saved_name(name: str) -> str:
+    """The name under which a module or tensor is saved: the one that it has in a model that is not compiled.
+
+    `torch.compile(module)` puts the module inside another, as its `_orig_mod`. Inside a trained head the names stay
+    those of the head, which PEFT looks up itself.
+    """
+    path, separator, inside = name.partition(".modules_to_save.")
+    return ".".join(part for part in path.split(".") if part != "_orig_mod") + separator + inside
+
+
 @contextmanager
 def replacing(directory: str | os.PathLike, stale: Sequence[str] = ()) -> Iterator[Path]:
     """Yields an empty folder whose files are moved into `directory` when the block ends, and are gone if it fails.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Optional
 
 import torch
+from accelerate.utils import is_compiled_module
 from peft import PeftModel
 from torch import nn
 
@@ -65,5 +66,10 @@ def find_adapter(model: nn.Module, adapter_name: Optional[str] = None) -> Adapte
     if layer is None:
         raise ValueError(f"This {type(model).__name__} has no P-tuning adapter of this package.")
     adapter_name = layer.named_or_active(adapter_name)
-    base_model = model.get_base_model() if isinstance(model, PeftModel) else model
+    model = _without_compilation(model)
+    base_model = _without_compilation(model.get_base_model()) if isinstance(model, PeftModel) else model
     return Adapter(adapter_name, model.peft_config[adapter_name], layer, base_model)
+
+
+def _without_compilation(model: nn.Module) -> nn.Module:
+    return model._orig_mod if is_compiled_module(model) else model

@@ -30,6 +30,7 @@ GENERATING = {
     "SEQ_2_SEQ_LM": ["T5", "BART"],
 }
 CELLS = [(family, task) for task, families in GENERATING.items() for family in families]
+WEIGHTS = "adapter_model.safetensors"
 ROUNDS = {"rtol": 1e-5, "atol": 1e-5}  # stock PEFT concatenates, this package shares the prompt
 
 
@@ -297,3 +298,26 @@ def test_prompt_embeds_are_what_enters_the_model(family, dtype) -> None:
 def make_base_logits(family: str, dtype: torch.dtype, embeds: torch.Tensor) -> torch.Tensor:
     base = make_model(family, "CAUSAL_LM", attn_implementation="eager").to(dtype)
     return main_output(base(inputs_embeds=embeds[None]))
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_compiled_model_is_exported_like_a_plain_one(inside, tmp_path) -> None:
+    plain = make_adapted("Llama", "CAUSAL_LM")
+    plain.save_pretrained(tmp_path / "adapter")
+    base = make_model("Llama", "CAUSAL_LM")
+    base = torch.compile(base, backend="eager") if inside else base
+    compiled = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    compiled = compiled if inside else torch.compile(compiled, backend="eager")
+    for name, model in {"plain": plain, "compiled": compiled}.items():
+        export_to_peft(model, tmp_path / name)
+    one, other = (
+        safetensors.torch.load_file(tmp_path / n / "adapter_model.safetensors") for n in ("plain", "compiled")
+    )
+    assert one.keys() == other.keys()
+    assert torch.equal(one["prompt_embeddings"], other["prompt_embeddings"])
+    ids = torch.arange(5)
+    assert torch.equal(to_prompt_embeds(compiled, ids), to_prompt_embeds(plain, ids))
+
+    base = torch.compile(make_model("Llama", "CAUSAL_LM"), backend="eager")
+    imported = import_from_peft(base, str(tmp_path / "plain"))
+    assert torch.equal(imported.prompt_embeddings(), plain.prompt_embeddings())

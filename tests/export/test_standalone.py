@@ -191,6 +191,24 @@ def test_noise_on_the_embedding_is_not_written(tmp_path) -> None:
     assert all(torch.equal(noisy[key], value) for key, value in quiet.items())
 
 
+@pytest.mark.parametrize("compiled", ["base", "backbone", "adapted model"])
+def test_a_compiled_model_is_exported_like_a_plain_one(compiled, tmp_path) -> None:
+    tokenizer = make_tokenizer("Llama 3")
+    plain = Case("Llama", "SEQ_CLS").make()
+    plain.save_pretrained(tmp_path / "adapter")
+    export_standalone(plain, tokenizer, tmp_path / "plain")
+    base = plain.unload()
+    if compiled == "backbone":
+        base.model = torch.compile(base.model, backend="eager")
+    model = torch.compile(base, backend="eager") if compiled == "base" else base
+    model = PeftModel.from_pretrained(model, tmp_path / "adapter")
+    model = torch.compile(model, backend="eager") if compiled == "adapted model" else model
+    export_standalone(model, tokenizer, tmp_path / "compiled")
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "compiled"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(value, other[key]) for key, value in one.items())
+
+
 def export(tmp_path: Path, tokenizer, family: str = "Llama", task: str = "CAUSAL_LM", rows: int = SIZE):
     """Exports a model, and returns the tokenizer of the folder and the new ids."""
     export_standalone(Case(family, task, rows=rows).make(), tokenizer, tmp_path / "out")

@@ -14,6 +14,7 @@ import torch
 from families import make_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from reference import V, main_output, make_batch
+from torch import nn
 
 from peft_ptuning_ext import PromptEncoderType, PTuningConfig
 
@@ -523,3 +524,61 @@ def test_generating_in_half_precision_with_positional_ids(dtype) -> None:
     generated = model.generate(ids, max_new_tokens=4, min_new_tokens=4, do_sample=False)
     assert generated.shape == (2, 10)
     assert torch.equal(generated, model.generate(inputs=ids, max_new_tokens=4, min_new_tokens=4, do_sample=False))
+
+
+def compiled_whole(base: nn.Module) -> nn.Module:
+    return torch.compile(base, backend="eager")
+
+
+def compiled_backbone(base: nn.Module) -> nn.Module:
+    setattr(base, base.base_model_prefix, torch.compile(base.base_model, backend="eager"))
+    return base
+
+
+@pytest.mark.parametrize("compiled", [compiled_whole, compiled_backbone])
+@pytest.mark.parametrize(("family", "task"), [("BERT", "SEQ_CLS"), ("Llama", "CAUSAL_LM")])
+def test_an_adapter_of_a_compiled_model_is_that_of_a_plain_one(family, task, compiled, out, tmp_path) -> None:
+    def make(name: str) -> nn.Module:
+        return compiled(make_model(family, task)) if name == "compiled" else make_model(family, task)
+
+    models, keys = {}, {}
+    for name in ("compiled", "plain"):
+        config = make_config(task, encoder_reparameterization_type="MLP")
+        models[name] = get_peft_model(make(name), config).eval()
+        models[name].save_pretrained(tmp_path / name)
+        keys[name] = list(safetensors.torch.load_file(tmp_path / name / "adapter_model.safetensors"))
+    assert sorted(keys["compiled"]) == sorted(keys["plain"])
+    assert [n for n in models["compiled"].state_dict() if "_orig_mod" in n] == []
+
+    for saved, base in (("compiled", "plain"), ("plain", "compiled"), ("compiled", "compiled")):
+        expected = out(models[saved], family, task)
+        loaded = PeftModel.from_pretrained(make(base), tmp_path / saved).eval()
+        torch.testing.assert_close(out(loaded, family, task), expected, rtol=0, atol=1e-5)
+        loaded.load_adapter(tmp_path / saved, "second")
+        loaded.set_adapter("second")
+        torch.testing.assert_close(out(loaded, family, task), expected, rtol=0, atol=1e-5)
+    models["plain"].load_state_dict(models["compiled"].state_dict())
+    assert torch.equal(models["plain"].prompt_embeddings(), models["compiled"].prompt_embeddings())
+    models["compiled"].load_state_dict(loaded.state_dict(), strict=False)
+    assert torch.equal(loaded.prompt_embeddings("default"), models["compiled"].prompt_embeddings())
+
+    base = models["compiled"].unload()
+    assert [name for name, _ in base.named_parameters()] == [name for name, _ in make("compiled").named_parameters()]
+
+
+@pytest.mark.parametrize("way", ["torch.compile", "compile"])
+def test_a_compiled_adapted_model_is_saved_like_a_plain_one(way, out, tmp_path) -> None:
+    model = make_adapted("BERT", "SEQ_CLS")
+    expected, before = out(model), dict(model.state_dict())
+    if way == "compile":
+        compiled = model
+        model.compile(backend="eager")
+    else:
+        compiled = torch.compile(model, backend="eager")
+    torch.testing.assert_close(out(compiled), expected, rtol=0, atol=1e-5)
+    assert torch.equal(compiled.prompt_embeddings(), model.prompt_embeddings())
+    assert list(compiled.state_dict()) == [("" if way == "compile" else "_orig_mod.") + name for name in before]
+    compiled.load_state_dict(compiled.state_dict())
+    compiled.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make_model("BERT", "SEQ_CLS"), tmp_path)
+    torch.testing.assert_close(out(loaded), expected, rtol=0, atol=1e-5)
