@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import enum
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType
@@ -27,9 +28,22 @@ class PromptEncoderType(str, enum.Enum):
     RESIDUAL = "RESIDUAL"
 
 
+class AdapterInit(str, enum.Enum):
+    """The start of a prompt that PEFT's [`~peft.PromptTuningInit`] does not have. See [`PTuningConfig`]."""
+
+    ADAPTER = "ADAPTER"
+
+
 # Bounded, so that the network stays within a few tens of prompts of 20 vectors at any width.
 DEFAULT_HIDDEN_SIZE = {PromptEncoderType.MLP: 128, PromptEncoderType.LSTM: 64, PromptEncoderType.RESIDUAL: 128}
 DEFAULT_NUM_LAYERS = {PromptEncoderType.MLP: 2, PromptEncoderType.LSTM: 2, PromptEncoderType.RESIDUAL: 1}
+
+# Fields that are used with one start of the prompt only.
+INIT_FIELDS = {
+    "prompt_tuning_init_text": PromptTuningInit.TEXT,
+    "tokenizer_name_or_path": PromptTuningInit.TEXT,
+    "prompt_tuning_init_adapter": AdapterInit.ADAPTER,
+}
 
 # Configs come from strangers, and a network is laid out (without memory) before the weights beside it are compared.
 MAX_SIZE, MAX_LAYERS = 2**24, 64
@@ -65,6 +79,12 @@ class PTuningConfig(PeftConfig):
             Where the prompt starts, whatever the encoder. `"RANDOM"`: normal vectors with the mean and standard
             deviation of the model's own embeddings. `"SAMPLE_VOCAB"`: the embeddings of V random tokens. `"TEXT"`:
             the embeddings of `prompt_tuning_init_text`, repeated or cut to V tokens, no special tokens added.
+            `"ADAPTER"`: the trained prompt of another adapter, `prompt_tuning_init_adapter`.
+        prompt_tuning_init_adapter (`str` or `os.PathLike`, *optional*):
+            The adapter of `"ADAPTER"`, a folder or a repository on the Hub: one of this package, or a stock
+            `PROMPT_TUNING` or `P_TUNING` of PEFT. Its task may be another; nothing but its prompt is read. It must
+            have V vectors of the model's width. Like the tokenizer, it is only used for a config that the caller has
+            made: a config that comes from a file never makes anything fetch or read another adapter.
         prompt_tuning_init_text (`str`, *optional*):
             The text of `"TEXT"`.
         tokenizer_name_or_path (`str` or [`~transformers.PreTrainedTokenizerBase`], *optional*):
@@ -88,10 +108,11 @@ class PTuningConfig(PeftConfig):
     encoder_hidden_size: Optional[int] = field(default=None)
     encoder_num_layers: Optional[int] = field(default=None)
     encoder_dropout: float = field(default=0.0)
-    prompt_tuning_init: Union[str, PromptTuningInit] = field(default=PromptTuningInit.RANDOM)
+    prompt_tuning_init: Union[str, PromptTuningInit, AdapterInit] = field(default=PromptTuningInit.RANDOM)
     prompt_tuning_init_text: Optional[str] = field(default=None)
     tokenizer_name_or_path: Optional[str] = field(default=None)
     modules_to_save: Optional[list[str]] = field(default=None)
+    prompt_tuning_init_adapter: Optional[str] = field(default=None)
 
     # Read by PEFT's injection on every config. They are no fields: which module is adapted follows from the model.
     target_modules = None
@@ -137,7 +158,7 @@ class PTuningConfig(PeftConfig):
         encoder = self.encoder_reparameterization_type
         if encoder is None:
             encoder = PromptEncoderType.MLP if given else PromptEncoderType.NONE
-        encoder = _check_choice("encoder_reparameterization_type", encoder, PromptEncoderType)
+        encoder = _check_choice("encoder_reparameterization_type", encoder, *PromptEncoderType)
         self.encoder_reparameterization_type = encoder
 
         if isinstance(self.encoder_dropout, bool) or not isinstance(self.encoder_dropout, (int, float)):
@@ -165,20 +186,30 @@ class PTuningConfig(PeftConfig):
             )
 
     def _check_init(self) -> None:
-        self.prompt_tuning_init = _check_choice("prompt_tuning_init", self.prompt_tuning_init, PromptTuningInit)
+        init = _check_choice("prompt_tuning_init", self.prompt_tuning_init, *PromptTuningInit, *AdapterInit)
+        self.prompt_tuning_init = init
         if isinstance(self.tokenizer_name_or_path, PreTrainedTokenizerBase):
             self._tokenizer = self.tokenizer_name_or_path
             self.tokenizer_name_or_path = self._tokenizer.name_or_path
-        for name in ("prompt_tuning_init_text", "tokenizer_name_or_path"):
+        if isinstance(self.prompt_tuning_init_adapter, os.PathLike):
+            self.prompt_tuning_init_adapter = os.fspath(self.prompt_tuning_init_adapter)
+        for name, of_init in INIT_FIELDS.items():
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 raise TypeError(f"`{name}` must be a string, got {type(value).__name__}.")
-            if value is not None and self.prompt_tuning_init is not PromptTuningInit.TEXT:
+            if value is not None and init is not of_init:
                 raise ValueError(
-                    f"`{name}` is only used with prompt_tuning_init='TEXT', got "
-                    f"prompt_tuning_init={self.prompt_tuning_init.value!r}."
+                    f"`{name}` is only used with prompt_tuning_init={of_init.value!r}, got "
+                    f"prompt_tuning_init={init.value!r}."
                 )
-        if self.prompt_tuning_init is PromptTuningInit.TEXT and not self._from_file:
+        if self._from_file:
+            return
+        if init is AdapterInit.ADAPTER and not self.prompt_tuning_init_adapter:
+            raise ValueError(
+                "prompt_tuning_init='ADAPTER' needs `prompt_tuning_init_adapter`, the folder or Hub name of an "
+                f"adapter, got {self.prompt_tuning_init_adapter!r}."
+            )
+        if init is PromptTuningInit.TEXT:
             if not self.prompt_tuning_init_text:
                 raise ValueError(
                     "prompt_tuning_init='TEXT' needs a non-empty `prompt_tuning_init_text`, "
@@ -221,9 +252,9 @@ def _check_int(name: str, value: object, largest: int = MAX_SIZE) -> None:
         raise ValueError(f"`{name}` must be from 1 to {largest}, got {value}.")
 
 
-def _check_choice(name: str, value: object, choices: type[enum.Enum]) -> enum.Enum:
-    try:
-        return choices(value)
-    except ValueError:
-        allowed = ", ".join(repr(choice.value) for choice in choices)
-        raise ValueError(f"`{name}` must be one of {allowed}, got {value!r}.") from None
+def _check_choice(name: str, value: object, *choices: enum.Enum) -> enum.Enum:
+    for choice in choices:
+        if value == choice:  # the members are strings, too
+            return choice
+    allowed = ", ".join(repr(choice.value) for choice in choices)
+    raise ValueError(f"`{name}` must be one of {allowed}, got {value!r}.")

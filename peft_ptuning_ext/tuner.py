@@ -19,12 +19,13 @@ from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .backbone import find_backbone
-from .config import PromptEncoderType, PTuningConfig
+from .config import AdapterInit, PromptEncoderType, PTuningConfig
 from .files.checkpoint import ENCODER_KEY, check_file, check_state, saved_name
 from .forward.wrap import attach, detach, why_in_row
 from .prompts.adapter import find_layer, find_stack
 from .prompts.encoder import build_encoder
 from .prompts.layer import PTuningLayer, execution_device
+from .prompts.saved import load_prompt
 from .registration import PREFIX
 
 
@@ -243,6 +244,9 @@ class PTuningModel(BaseTuner):
                 f"`num_virtual_tokens` is {length}, and {type(self.model).__name__} has {limit} positions for the "
                 "prompt and the text together."
             )
+        self._start = None
+        if peft_config.prompt_tuning_init == AdapterInit.ADAPTER and not peft_config._from_file:
+            self._start = load_prompt(peft_config.prompt_tuning_init_adapter, length, backbone.width)
         source, peft_config._source = peft_config._source, None
         if source is not None and (path := source.find()) is not None:
             with torch.device("meta"):
@@ -314,7 +318,8 @@ class PTuningModel(BaseTuner):
             target = PTuningLayer(target, self._backbone.embed_scale)
             setattr(parent, target_name, target)
             attach(self.model, self._backbone)
-        target.update_layer(adapter_name, peft_config)
+        target.update_layer(adapter_name, peft_config, self._start)
+        self._start = None
         # A new module is in training mode: its dropout would act on a model that was put into evaluation mode before.
         target.ptuning_encoders[adapter_name].train(self.model.training)
         device = execution_device(target.get_base_layer())

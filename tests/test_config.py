@@ -54,7 +54,11 @@ def test_changing_the_class_name_is_the_whole_migration() -> None:
             ValueError,
             "'NONE', 'MLP', 'LSTM', 'RESIDUAL', got 'GRU'",
         ),
-        ({"prompt_tuning_init": "ZERO"}, ValueError, "`prompt_tuning_init` must be one of .*got 'ZERO'"),
+        (
+            {"prompt_tuning_init": "ZERO"},
+            ValueError,
+            "`prompt_tuning_init` must be one of 'TEXT', 'SAMPLE_VOCAB', 'RANDOM', 'ADAPTER', got 'ZERO'",
+        ),
         (
             {"encoder_reparameterization_type": "NONE", "encoder_hidden_size": 8},
             ValueError,
@@ -81,6 +85,17 @@ def test_changing_the_class_name_is_the_whole_migration() -> None:
         ),
         ({"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "x"}, ValueError, "needs `tokenizer_name_or_path`"),
         ({"prompt_tuning_init_text": "x"}, ValueError, "`prompt_tuning_init_text` is only used with .*'TEXT'"),
+        ({"prompt_tuning_init": "ADAPTER"}, ValueError, "needs `prompt_tuning_init_adapter`, the folder or Hub name"),
+        (
+            {"prompt_tuning_init_adapter": "x"},
+            ValueError,
+            "`prompt_tuning_init_adapter` is only used with .*'ADAPTER'",
+        ),
+        (
+            {"prompt_tuning_init": "ADAPTER", "prompt_tuning_init_adapter": ["x"]},
+            TypeError,
+            "`prompt_tuning_init_adapter` must be a string, got list",
+        ),
         ({"tokenizer_name_or_path": 3}, TypeError, "`tokenizer_name_or_path` must be a string, got int"),
         ({"modules_to_save": "score"}, TypeError, "`modules_to_save` must be a list of module names, got 'score'"),
         ({"task_type": "POETRY"}, ValueError, "Invalid task type: 'POETRY'"),
@@ -115,6 +130,14 @@ def test_saved_and_loaded_config_is_the_same(encoder, tmp_path) -> None:
         assert loaded.peft_type is PeftType("PTUNING")
         assert loaded.prompt_tuning_init is PromptTuningInit.SAMPLE_VOCAB
         assert loaded.task_type == TaskType.SEQ_CLS
+
+
+def test_the_adapter_that_a_prompt_started_at_is_kept(tmp_path) -> None:
+    config = PTuningConfig(prompt_tuning_init="ADAPTER", prompt_tuning_init_adapter=tmp_path / "other")
+    assert config.prompt_tuning_init == "ADAPTER"
+    assert config.prompt_tuning_init_adapter == str(tmp_path / "other")
+    config.save_pretrained(tmp_path)
+    assert PeftConfig.from_pretrained(tmp_path) == config
 
 
 def test_unknown_fields_of_a_newer_version_warn_and_are_ignored(tmp_path) -> None:

@@ -8,7 +8,7 @@ import os
 import tempfile
 from typing import Any, Optional
 
-from peft import PeftConfig, PeftModel, PeftType, PromptTuningConfig
+from peft import PeftConfig, PeftModel, PromptTuningConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, ModulesToSaveWrapper
 from safetensors.torch import save_file
 from torch import nn
@@ -17,11 +17,8 @@ from ..backbone import Backbone, find_backbone
 from ..config import PTuningConfig
 from ..files.checkpoint import ENCODER_KEY, CheckpointSource, read_tensors, replacing, saved_name
 from ..prompts.adapter import Adapter, find_adapter
+from ..prompts.saved import STOCK_KEY, STOCK_TYPES
 
-
-# Key of the table in a checkpoint of stock prompt learning.
-STOCK_KEY = "prompt_embeddings"
-STOCK_TYPES = (PeftType.PROMPT_TUNING, PeftType.P_TUNING)
 
 # Task types with which stock PEFT computes something else than this package, and what.
 STOCK_DIFFERS: dict[str, str] = {

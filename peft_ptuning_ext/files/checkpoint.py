@@ -185,31 +185,66 @@ def check_file(
                     check_values({name: value}, path)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a readable safetensors file (truncated or damaged?): {error}") from error
-    with torch.no_grad():
-        prompt = functional_call(encoder.eval(), {name: value.float() for name, value in state.items()}, ())
+    _evaluate(encoder, state, path)
+
+
+def read_prompt(path: str, encoder: nn.Module) -> torch.Tensor:
+    """Reads the prompt that a safetensors file holds for any place in a model, and nothing else of the file.
+
+    Args:
+        path (`str`): The file.
+        encoder (`nn.Module`): The encoder of the config, on the meta device.
+
+    Returns:
+        `torch.Tensor`: The prompt in evaluation, shape (V, H), float32.
+
+    Raises:
+        ValueError: The file can't be read, holds no such encoder, or values that are NaN or infinite.
+    """
+    with _reading(path) as file:
+        keys = [key for key in list(file.keys()) if ENCODER_KEY in key]
+        shapes = {key.rpartition(ENCODER_KEY)[2]: tuple(file.get_slice(key).get_shape()) for key in keys}
+        _check_shapes(shapes, encoder.state_dict(), path)
+        state = {key.rpartition(ENCODER_KEY)[2]: file.get_tensor(key) for key in keys}
+    check_values(state, path)
+    return _evaluate(encoder, state, path)
+
+
+@torch.no_grad()
+def _evaluate(encoder: nn.Module, state: Mapping[str, torch.Tensor], path: str) -> torch.Tensor:
+    prompt = functional_call(encoder.eval(), {name: value.float() for name, value in state.items()}, ())
     check_values({"prompt": prompt}, path)
+    return prompt
 
 
-def read_tensors(path: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
-    """Reads a safetensors file after the shapes of the tensors in `shapes` were checked.
+@contextmanager
+def _reading(path: str) -> Iterator[safe_open]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a readable safetensors file (truncated or damaged?): {error}") from error
+
+
+def read_tensors(
+    path: str, shapes: Mapping[str, tuple[int, ...]], with_others: bool = True
+) -> dict[str, torch.Tensor]:
+    """Reads a safetensors file after the shapes of the tensors in `shapes` were checked; only those, or all.
 
     Raises:
         ValueError: The file can't be read, lacks one of them, or it has another shape.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            keys = list(file.keys())
-            for name, expected in shapes.items():
-                if name not in keys:
-                    raise ValueError(f"{path} has no {name!r}.")
-                if (found := tuple(file.get_slice(name).get_shape())) != expected:
-                    raise ValueError(
-                        f"{path}: {name!r} has shape {found}, expected {expected}. The adapter was made for a "
-                        "model of another width, or its config is another's."
-                    )
-            return {key: file.get_tensor(key) for key in keys}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a readable safetensors file (truncated or damaged?): {error}") from error
+    with _reading(path) as file:
+        keys = list(file.keys())
+        for name, expected in shapes.items():
+            if name not in keys:
+                raise ValueError(f"{path} has no {name!r}.")
+            if (found := tuple(file.get_slice(name).get_shape())) != expected:
+                raise ValueError(
+                    f"{path}: {name!r} has shape {found}, expected {expected}. The adapter was made for a "
+                    "model of another width, or its config is another's."
+                )
+        return {key: file.get_tensor(key) for key in keys if with_others or key in shapes}
 
 
 def check_state(state: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:

@@ -133,13 +133,13 @@ class PTuningLayer(nn.Module, BaseTunerLayer):
         for encoder in self.ptuning_encoders.values():
             encoder.freeze_constants()
 
-    def update_layer(self, adapter_name: str, config: PTuningConfig) -> None:
-        """Adds the encoder of a new adapter. Its prompt starts where `config` says, unless it is made on meta."""
+    def update_layer(self, adapter_name: str, config: PTuningConfig, start: Optional[torch.Tensor] = None) -> None:
+        """Adds the encoder of a new adapter, unless on meta with its prompt at `start` (V, H) or as `config` says."""
         encoder = build_encoder(config, self.get_base_layer().embedding_dim)
         if self._device.type == "meta":
             encoder = encoder.to("meta")
         elif not encoder.embedding.is_meta:  # low_cpu_mem_usage: the values come with the checkpoint
-            encoder.start_at(self._start(config))
+            encoder.start_at(self._start(config) if start is None else start)
         self.ptuning_encoders[adapter_name] = encoder
         self._move_adapter_to_device_of_base_layer(adapter_name)
 

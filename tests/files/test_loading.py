@@ -18,7 +18,7 @@ import torch
 import transformers
 from accelerate import disk_offload
 from families import make_model
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from reference import V, main_output, make_batch
 from transformers import LlamaForCausalLM
 
@@ -160,6 +160,92 @@ def test_loading_never_runs_a_tokenizer(saved, monkeypatch) -> None:
         with pytest.warns(UserWarning, match="Unexpected keyword arguments"):
             model = PeftModel.from_pretrained(make_model("BERT", "SEQ_CLS"), saved, is_trainable=is_trainable)
         assert len(model.prompt_embeddings()) == V
+
+
+@pytest.mark.parametrize("encoder", ["NONE", "LSTM"])
+@pytest.mark.parametrize("compress", [torch.float32, torch.bfloat16])
+def test_a_prompt_starts_at_that_of_another_task(encoder, compress, tmp_path) -> None:
+    """A causal LM's prompt on a classifier and on the bare backbone, and a classifier's on one with more labels."""
+    config = PTuningConfig(num_virtual_tokens=V, encoder_hidden_size=8, encoder_dropout=0.5, task_type="CAUSAL_LM")
+    trained = get_peft_model(make_model("Llama", "CAUSAL_LM"), config).eval()
+    trained.save_pretrained(tmp_path / "generates")
+    change_weights(tmp_path / "generates", lambda weights: {k: v.to(compress) for k, v in weights.items()})
+    expected = PeftModel.from_pretrained(make_model("Llama", "CAUSAL_LM"), tmp_path / "generates").prompt_embeddings()
+
+    def start(task: str, folder: str, **options) -> PeftModel:
+        config = PTuningConfig(
+            num_virtual_tokens=V,
+            encoder_reparameterization_type=encoder,
+            prompt_tuning_init="ADAPTER",
+            prompt_tuning_init_adapter=tmp_path / folder,
+            task_type=task,
+        )
+        return get_peft_model(make_model("Llama", task, **options), config).eval()
+
+    for task in ("SEQ_CLS", "FEATURE_EXTRACTION"):
+        started = start(task, "generates")
+        torch.testing.assert_close(started.prompt_embeddings(), expected, rtol=0, atol=1e-6)
+        assert [n for n, p in started.named_parameters() if p.requires_grad and "ptuning_" in n]
+    started = start("SEQ_CLS", "generates", num_labels=3)
+    started.add_adapter("second", started.peft_config["default"])
+    torch.testing.assert_close(started.prompt_embeddings("second"), expected, rtol=0, atol=1e-6)
+    started.save_pretrained(tmp_path / "classifies")
+    shutil.copytree(tmp_path / "classifies", tmp_path / "with a bad head")
+    change_weights(
+        tmp_path / "with a bad head",
+        lambda weights: {k: v if "ptuning_" in k else v.fill_(float("nan")) for k, v in weights.items()},
+    )
+    again = start("SEQ_CLS", "with a bad head", num_labels=5)
+    torch.testing.assert_close(again.prompt_embeddings(), expected, rtol=0, atol=1e-6)
+    head = again.get_base_model().score
+    assert torch.equal(head.modules_to_save["default"].weight, head.original_module.weight)
+
+    # What was saved loads without the adapter that it started at, which is not looked for.
+    shutil.rmtree(tmp_path / "generates")
+    loaded = PeftModel.from_pretrained(make_model("Llama", "SEQ_CLS", num_labels=3), tmp_path / "classifies")
+    assert torch.equal(loaded.prompt_embeddings(), started.prompt_embeddings())
+
+
+@pytest.mark.parametrize("submodules", [1, 2])
+def test_a_prompt_starts_at_that_of_stock_peft(submodules, tmp_path) -> None:
+    stock = get_peft_model(
+        make_model("Llama", "CAUSAL_LM"),
+        PromptTuningConfig(num_virtual_tokens=V, task_type="CAUSAL_LM", num_transformer_submodules=submodules),
+    )
+    expected = stock.get_prompt_embedding_to_save("default")[:V]
+    stock.save_pretrained(tmp_path)
+    config = PTuningConfig(
+        num_virtual_tokens=V, prompt_tuning_init="ADAPTER", prompt_tuning_init_adapter=str(tmp_path)
+    )
+    assert torch.equal(get_peft_model(make_model("Llama", "SEQ_CLS"), config).prompt_embeddings(), expected)
+
+
+def _as_lora(folder: Path) -> None:
+    get_peft_model(make_model("BERT", "SEQ_CLS"), LoraConfig()).save_pretrained(folder)
+
+
+STARTS = {
+    **{case: BROKEN[case] for case in ("truncated", "empty", "NaN", "no offset", "no prompt")},
+    "missing": (BROKEN["missing"][0], "has no adapter_model.safetensors. Load that adapter and save it again"),
+    "pickle": (BROKEN["pickle"][0], "has no adapter_model.safetensors. Load that adapter and save it again"),
+    "another length": (_longer, f"`num_virtual_tokens` is {V}, and the prompt of .* has {V + 1} vectors"),
+    "LoRA": (_as_lora, "an adapter of type LORA. Prompts can start at those of PTUNING, PROMPT_TUNING, P_TUNING"),
+    "no folder": (shutil.rmtree, "Can't find 'adapter_config.json'"),
+    "another width": (lambda folder: None, r"'embedding' .* has shape \(5, 32\), expected \(5, 16\)"),
+}
+
+
+@pytest.mark.parametrize("case", STARTS)
+def test_a_start_that_can_not_be_read_leaves_the_model_as_it_was(case, saved) -> None:
+    break_it, message = STARTS[case]
+    break_it(saved)
+    base = make_model("BERT", "SEQ_CLS", **({"hidden_size": 16} if case == "another width" else {}))
+    before = [(name, type(module)) for name, module in base.named_modules()]
+    config = PTuningConfig(num_virtual_tokens=V, prompt_tuning_init="ADAPTER", prompt_tuning_init_adapter=str(saved))
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(base, config)
+    assert [(name, type(module)) for name, module in base.named_modules()] == before
+    assert not hasattr(base, "peft_config")
 
 
 @pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time:UserWarning")
@@ -504,7 +590,7 @@ warnings.simplefilter("ignore")
 import torch
 torch.set_num_threads(1)
 from families import make_model
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from peft_ptuning_ext import PTuningConfig
 
 folder = sys.argv[1]
