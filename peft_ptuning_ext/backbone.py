@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Optional
 
 import torch
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
@@ -270,9 +271,10 @@ def _input_embedding(model: PreTrainedModel) -> nn.Module:
 
 
 def _table(embedding: nn.Module) -> nn.Module:
-    """The embedding itself, below whatever adapters stand around it already."""
-    while hasattr(embedding, "base_layer"):
-        embedding = embedding.base_layer
+    """The embedding itself, below whatever adapters and wrappers of PEFT stand around it already."""
+    while isinstance(embedding, AuxiliaryTrainingWrapper) or hasattr(embedding, "base_layer"):
+        is_wrapper = isinstance(embedding, AuxiliaryTrainingWrapper)
+        embedding = embedding.original_module if is_wrapper else embedding.base_layer
     return embedding
 
 
