@@ -94,6 +94,11 @@ class PTuningConfig(PeftConfig):
         modules_to_save (`list[str]`, *optional*):
             Names of modules besides the prompt to train and save in full, such as a task head. PEFT adds the
             classification head by itself for the task types SEQ_CLS, TOKEN_CLS and QUESTION_ANS.
+        trainable_token_indices (`list[int]` or `dict[str, list[int]]`, *optional*):
+            Ids of tokens whose embeddings are trained and saved beside the prompt, such as those that a chat template
+            adds ([`~peft.TrainableTokensConfig`], as in [`~peft.LoraConfig`]): a list for the model's input embedding,
+            or lists by the name of the embedding module. What is tied to the input embedding follows it, unless
+            `modules_to_save` names it.
         task_type (`TaskType` or `str`, *optional*), inference_mode (`bool`, defaults to `False`):
             As in [`~peft.PeftConfig`]. With `inference_mode=True` the prompt is frozen. The task type decides how PEFT
             calls the model: a module that holds a transformers model and is none itself goes without.
@@ -113,6 +118,7 @@ class PTuningConfig(PeftConfig):
     tokenizer_name_or_path: Optional[str] = field(default=None)
     modules_to_save: Optional[list[str]] = field(default=None)
     prompt_tuning_init_adapter: Optional[str] = field(default=None)
+    trainable_token_indices: Optional[Union[list[int], dict[str, list[int]]]] = field(default=None)
 
     # Read by PEFT's injection on every config. They are no fields: which module is adapted follows from the model.
     target_modules = None
@@ -136,6 +142,7 @@ class PTuningConfig(PeftConfig):
         if not isinstance(self.auto_mapping, (dict, NoneType)):
             raise TypeError(f"`auto_mapping` must be a dict, got {self.auto_mapping!r}.")
         self._check_modules_to_save()
+        check_token_indices(self.trainable_token_indices)
         self._resolve_encoder()
         self._check_init()
 
@@ -243,6 +250,27 @@ class PTuningConfig(PeftConfig):
             str(pretrained_model_name_or_path), subfolder, use_safetensors is not False, download_kwargs
         )
         return config
+
+
+def check_token_indices(value: object) -> None:
+    """Raises `TypeError` or `ValueError` unless `value` is a list of token ids, a dict of such lists, or `None`.
+
+    Trainers set the field of a config that is there already, so it is checked again when the adapter is made.
+    """
+    if value is None:
+        return
+    for indices in value.values() if isinstance(value, dict) else (value,):
+        if not isinstance(indices, list) or not all(type(index) is int for index in indices):
+            raise TypeError(
+                "`trainable_token_indices` must be a list of token ids, or a dict of such lists by the name of the "
+                f"embedding, got {value!r}."
+            )
+        if not indices or min(indices) < 0 or len(set(indices)) < len(indices):
+            raise ValueError(
+                f"`trainable_token_indices` must be different ids of at least 0, and some, got {value!r}."
+            )
+    if not value or not all(isinstance(name, str) and name for name in value if isinstance(value, dict)):
+        raise ValueError(f"`trainable_token_indices` must name embedding modules, got {value!r}.")
 
 
 def _check_int(name: str, value: object, largest: int = MAX_SIZE) -> None:

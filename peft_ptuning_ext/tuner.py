@@ -7,20 +7,26 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import NoReturn, Optional
 
 import torch
 from accelerate.utils import is_compiled_module
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import (
+    AuxiliaryTrainingWrapper,
+    ModulesToSaveWrapper,
+    TrainableTokensWrapper,
+    set_additional_trainable_modules,
+)
 from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .backbone import find_backbone
-from .config import AdapterInit, PromptEncoderType, PTuningConfig
-from .files.checkpoint import ENCODER_KEY, check_file, check_state, saved_name
+from .config import AdapterInit, PromptEncoderType, PTuningConfig, check_token_indices
+from .files.checkpoint import ENCODER_KEY, TOKENS_KEY, check_file, check_state, saved_name
 from .forward.wrap import attach, detach, why_in_row
 from .prompts.adapter import find_layer, find_stack
 from .prompts.encoder import build_encoder
@@ -205,8 +211,13 @@ class PTuningModel(BaseTuner):
                 "another model around the same backbone was given. Choose another `adapter_name`: both prompts "
                 "are then at the backbone, and `set_adapter` of either model says which of them is in front."
             )
+        config = self.peft_config[adapter_name]
+        # PEFT would put its wrapper for trained rows around the tuner layer, which it refuses. It goes inside instead.
+        self._token_indices, config.trainable_token_indices = config.trainable_token_indices, None
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            if self._token_indices is not None:
+                self._train_tokens(model, adapter_name, config)
         except Exception:
             _take_out(model, [adapter_name])
             for module, names in active.items():
@@ -215,6 +226,42 @@ class PTuningModel(BaseTuner):
                 parameter.requires_grad_(requires_grad[name])
             self._forget(model, adapter_name)
             raise
+        finally:
+            config.trainable_token_indices = self._token_indices
+
+    def _train_tokens(self, model: nn.Module, adapter_name: str, config: PTuningConfig) -> None:
+        """Puts PEFT's wrapper for trained rows inside the tuner layer, and around what is tied to the embedding.
+
+        The tuner layer is taken out for that moment, so that PEFT itself finds the embedding and what is tied to it.
+        """
+        layer, path = self._layer(), self._backbone.embedding_path
+        is_active = adapter_name in self.active_adapters
+        requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        model_config = self.get_model_config(self)
+        if isinstance(_embedding(model, "output"), ModulesToSaveWrapper):  # the head is trained in full, by itself
+            model_config = {**model_config, "tie_word_embeddings": False}
+        tokens = SimpleNamespace(
+            trainable_token_indices=self._token_indices, inference_mode=config.inference_mode, modules_to_save=None
+        )
+        _replace(model, path, layer.base_layer)
+        try:
+            set_additional_trainable_modules(model, tokens, model_config, adapter_name, activate_adapter=is_active)
+        finally:
+            layer.base_layer = model.get_submodule(path)
+            _replace(model, path, layer)
+        for name, module in model.named_modules():
+            if not isinstance(module, TrainableTokensWrapper):
+                continue
+            module.__class__ = _TokensWrapper
+            if not is_active and adapter_name in module.active_adapters:  # PEFT activates what is tied
+                module.set_adapter([])
+            if getattr(module.original_module, "bias", None) is not None:
+                raise ValueError(
+                    f"`trainable_token_indices` trains rows of {name!r}, which has a bias, and PEFT's TrainableTokens "
+                    "would leave the bias out. Untie it from the input embedding, or leave the field out."
+                )
+        for parameter, was_trained in requires_grad:
+            parameter.requires_grad_(was_trained)
 
     def _forget(self, model: nn.Module, adapter_name: str) -> None:
         """Removes the name of an adapter that was not added from where transformers has noted it."""
@@ -238,6 +285,7 @@ class PTuningModel(BaseTuner):
                     f"`modules_to_save` names {name!r}, which holds the input embedding that the prompt goes with. "
                     "Name the modules to train without it."
                 )
+        rows = self._token_rows(peft_config)
         length, limit = peft_config.num_virtual_tokens, backbone.max_positions
         if limit is not None and length >= limit:
             raise ValueError(
@@ -252,7 +300,8 @@ class PTuningModel(BaseTuner):
             with torch.device("meta"):
                 encoder = build_encoder(peft_config, backbone.width)
             place = saved_name(backbone.embedding_path)
-            trained, embeddings = self._trained_state(peft_config), self._embeddings()
+            trained = {**self._trained_state(peft_config), **rows}
+            embeddings = self._embeddings(peft_config, rows)
             check_file(path, encoder, place, _with_saved_names(trained), _with_saved_names(embeddings))
         return peft_config
 
@@ -286,17 +335,68 @@ class PTuningModel(BaseTuner):
                 "encoder. Load the model again and call its own `model.load_adapter(folder)`."
             )
 
-    def _embeddings(self) -> dict[str, torch.Tensor]:
-        """The weights of input and output embedding, by the names that they have behind the tuner layer."""
-        path = self._backbone.embedding_path
-        table = self.model.get_submodule(path)
-        table = table.base_layer if isinstance(table, PTuningLayer) else table
-        state = {f"{path}.base_layer.{key}": value for key, value in table.state_dict().items()}
-        output = getattr(self.model, "get_output_embeddings", lambda: None)()
+    def _token_rows(self, peft_config: PTuningConfig) -> dict[str, torch.Tensor]:
+        """The shapes of the rows that `trainable_token_indices` trains, by the names that they are saved under.
+
+        Raises:
+            ValueError: There is no such embedding or row, or `modules_to_save` names the module too.
+        """
+        check_token_indices(indices := self._token_indices)
+        if indices is None:
+            return {}
+        modules = dict(self.model.named_modules())
+        if not isinstance(indices, dict):
+            table = _embedding(self.model, "input")
+            indices = {next((name for name, module in modules.items() if module is table), "embed_tokens"): indices}
+        rows = {}
+        for target, ids in indices.items():
+            paths = [name for name in modules if name.endswith(target)]
+            if not paths:
+                raise ValueError(
+                    f"`trainable_token_indices` names {target!r}, and {type(self.model).__name__} has no such module. "
+                    "Name the input embedding, or give a list of ids for it."
+                )
+            for path in paths:
+                if path.endswith(tuple(peft_config.modules_to_save or ())):
+                    raise ValueError(
+                        f"{path!r} is named by `trainable_token_indices` and by `modules_to_save`. Name it in one."
+                    )
+                if not isinstance(_bare(modules[path]), (nn.Embedding, nn.Linear)):
+                    raise ValueError(
+                        f"`trainable_token_indices` names {path!r}, a {type(_bare(modules[path])).__name__} and no "
+                        "table of tokens. Name the input embedding, or give a list of ids for it."
+                    )
+                weight = _bare(modules[path]).weight
+                if max(ids) >= len(weight):
+                    raise ValueError(
+                        f"`trainable_token_indices` has id {max(ids)}, and {path!r} has {len(weight)} rows. Call "
+                        "`resize_token_embeddings` first."
+                    )
+                shape = (len(ids), weight.shape[1])
+                rows[self._name_inside(path) + TOKENS_KEY] = torch.empty(shape, device="meta")
+        return rows
+
+    def _embeddings(self, peft_config: PTuningConfig, rows: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The weights of input and output embedding, by the names under which PEFT saves them if it does."""
+        state, table, head = {}, _embedding(self.model, "input"), _embedding(self.model, "output")
         for name, module in self.model.named_modules():
-            if output is not None and module is output:
-                state |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
+            if module is table:
+                names = [self._name_inside(name)]
+            elif module is head:
+                is_trained = name.endswith(tuple(peft_config.modules_to_save or ()))
+                names = [name, f"{name}.original_module", f"{name}.modules_to_save"] if is_trained else [name]
+            else:
+                continue
+            if rows:
+                names += [f"{name}.token_adapter.base_layer" for name in names]
+                state[name + TOKENS_KEY] = next(iter(rows.values()))
+            weights = _bare(module).state_dict()
+            state |= {f"{name}.{key}": value for name in names for key, value in weights.items()}
         return state
+
+    def _name_inside(self, path: str) -> str:
+        """Path of an embedding once the tuner layer is there."""
+        return f"{path}.base_layer" if path == self._backbone.embedding_path else path
 
     def _trained_state(self, peft_config: PTuningConfig) -> dict[str, torch.Tensor]:
         """The state of the modules that PEFT is to train beside the prompt, by name in the model."""
@@ -330,6 +430,7 @@ class PTuningModel(BaseTuner):
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # PEFT's own leaves an encoder that is not upcast in the dtype that it was made in, which is not the base's.
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         layer = self._layer()
         encoder = layer.ptuning_encoders[adapter_name]
         if autocast_adapter_dtype:
@@ -375,6 +476,9 @@ class PTuningModel(BaseTuner):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        if ENCODER_KEY not in key:  # a head or a vocabulary, if PEFT saves the whole of it
+            is_beside = ".modules_to_save." in key or key.endswith(f"{TOKENS_KEY}.{adapter_name}")
+            return super()._remove_adapter_name_from_key(key, adapter_name) if is_beside else key
         # PEFT's own looks for the name at the end only; an encoder's parameters lie deeper.
         return key.replace(f"{ENCODER_KEY}{adapter_name}.", ENCODER_KEY, 1)
 
@@ -386,6 +490,16 @@ class PTuningModel(BaseTuner):
 
     def _layer(self) -> PTuningLayer:
         return find_layer(self.model)
+
+
+class _TokensWrapper(TrainableTokensWrapper):
+    """PEFT's wrapper for trained rows, which fails to save and load a model's adapters that train none."""
+
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        return super().adapter_state_dict_load_map(adapter_name) if adapter_name in self._adapters else {}
+
+    def adapter_state_dict(self, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return super().adapter_state_dict(adapter_name, state_dict) if adapter_name in self._adapters else {}
 
 
 def _with_saved_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -417,13 +531,24 @@ def _keeping_requires_grad(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(requires_grad)
 
 
+def _bare(module: nn.Module) -> nn.Module:
+    """The module of the base model, below the tuner layer and PEFT's wrappers."""
+    while isinstance(module, (PTuningLayer, AuxiliaryTrainingWrapper)):
+        module = module.base_layer if isinstance(module, PTuningLayer) else module.original_module
+    return module
+
+
+def _embedding(model: nn.Module, which: str) -> Optional[nn.Module]:
+    return getattr(model, f"get_{which}_embeddings", lambda: None)()
+
+
 def _take_out(model: nn.Module, adapter_names: Iterable[str]) -> None:
     """Removes adapters; with the last of them the backbone's wrapping, the tuner layer and that of trained modules.
 
     Adapters of another model around the same backbone stay, and so do those of other methods.
     """
     names, stack = set(adapter_names), find_stack(model)
-    for path, module in list(model.named_modules()):
+    for path, module in reversed(list(model.named_modules())):  # what is inside first
         if isinstance(module, PTuningLayer):
             for name in names & module.ptuning_encoders.keys():
                 del module.ptuning_encoders[name]
@@ -439,8 +564,9 @@ def _take_out(model: nn.Module, adapter_names: Iterable[str]) -> None:
             if module._adapters <= names:
                 _replace(model, path, module.original_module)
             else:
+                others = [name for name in module.active_adapters if name not in names]
                 for name in names & module._adapters:
-                    module.delete_adapter(name, new_active_adapters=None)
+                    module.delete_adapter(name, new_active_adapters=others)
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -8,6 +8,7 @@ import copy
 from typing import Optional
 
 import torch
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..config import PromptEncoderType
@@ -59,12 +60,22 @@ def to_prompt_embeds(model: nn.Module, input_ids: torch.Tensor, adapter_name: Op
         `torch.Tensor`: shape (V + S, H), in the dtype and on the device of the model's embeddings.
 
     Raises:
-        ValueError: There is no such adapter, or `input_ids` is not one text.
+        ValueError:
+            There is no such adapter, `input_ids` is not one text, or adapters train rows of the vocabulary and this
+            one is not active.
     """
     adapter = find_adapter(model, adapter_name)
     if input_ids.dim() == 2 and len(input_ids) == 1:
         input_ids = input_ids[0]
     if input_ids.dim() != 1:
         raise ValueError(f"`input_ids` must be one text, shape (S,) or (1, S), got {tuple(input_ids.shape)}.")
+    if (
+        isinstance(adapter.layer.base_layer, AuxiliaryTrainingWrapper)
+        and adapter.name != adapter.layer.prompted_adapter
+    ):
+        raise ValueError(
+            f"The embeddings are those of the active adapter, with the rows that it trains. Activate {adapter.name!r} "
+            "with `set_adapter` first."
+        )
     embeds = adapter.layer.look_up(input_ids.to(adapter.layer.weight.device))
     return torch.cat([adapter.prompt().to(embeds), embeds])

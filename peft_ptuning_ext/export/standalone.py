@@ -66,11 +66,17 @@ def export_standalone(
     Raises:
         ValueError:
             The model reads the prompt's positions outside the backbone (a pooled first token, say), its weights are
-            quantized, the tokenizer can't be told to put something in front, or the folder holds an adapter, which
-            would be loaded on top. Nothing is written then.
+            quantized, the adapter trains rows of the vocabulary (`trainable_token_indices`), the tokenizer can't be
+            told to put something in front, or the folder holds an adapter, which would be loaded on top. Nothing is
+            written then.
     """
     adapter = find_adapter(model, adapter_name)
     base_model = adapter.base_model
+    if adapter.config.trainable_token_indices is not None:
+        raise ValueError(
+            "The adapter trains rows of the vocabulary beside the prompt (`trainable_token_indices`), which would be "
+            "left out of the folder. Serve it with this package."
+        )
     if (Path(directory) / "adapter_config.json").exists():
         raise ValueError(
             f"{directory} holds an adapter, which transformers would load on top of the exported model. Choose "

@@ -47,9 +47,16 @@ def export_to_peft(
             trained beside the prompt is written too.
 
     Raises:
-        ValueError: Stock PEFT would compute something else, or `force` names another task type.
+        ValueError:
+            Stock PEFT would compute something else, `force` names another task type, or the adapter trains rows of the
+            vocabulary (`trainable_token_indices`).
     """
     adapter = find_adapter(model, adapter_name)
+    if adapter.config.trainable_token_indices is not None:
+        raise ValueError(
+            "The adapter trains rows of the vocabulary beside the prompt (`trainable_token_indices`), for which stock "
+            "PEFT's prompts have no place. Stay with this package."
+        )
     backbone = find_backbone(adapter.base_model)
     task_type = _task_type(adapter)
     _check_stock(task_type, backbone, adapter.base_model, force)

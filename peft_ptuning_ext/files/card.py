@@ -14,7 +14,7 @@ from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 
-from .checkpoint import ENCODER_KEY
+from .checkpoint import ENCODER_KEY, TOKENS_KEY
 
 
 # Below this line PEFT lists versions.
@@ -74,7 +74,7 @@ def fill_card(
     }
     lines = ["import peft_ptuning_ext"]
     if auto_class and base_model:
-        outputs = [shape for shape in heads.values() if len(shape) == 2]
+        outputs = [shape for key, shape in heads.items() if len(shape) == 2 and not key.endswith(TOKENS_KEY)]
         # A head may have square layers before the one that gives the classes.
         classes = [shape[0] for shape in outputs if shape[0] != shape[1]] or [shape[0] for shape in outputs]
         labels = f", num_labels={min(classes)}" if classes and "Classification" in auto_class else ""

@@ -23,6 +23,8 @@ from torch.func import functional_call
 
 # Attribute of the tuner layer under which the encoders are saved: `….ptuning_encoders.embedding` and so on.
 ENCODER_KEY = ".ptuning_encoders."
+# Attribute of an embedding under which PEFT saves the rows that are trained by `trainable_token_indices`.
+TOKENS_KEY = ".token_adapter.trainable_tokens_delta"
 
 
 @dataclass(frozen=True)

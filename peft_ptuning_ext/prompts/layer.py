@@ -13,6 +13,7 @@ from accelerate.utils import align_module_device
 from peft import PromptTuningInit
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import gather_params_ctx
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.distributed.tensor import DTensor, Partial
 from torch.func import functional_call
@@ -44,6 +45,13 @@ class PTuningLayer(nn.Module, BaseTunerLayer):
         self.ptuning_encoders = nn.ModuleDict()
         self._active_adapter = []
         self.merged_adapters = []
+
+    def get_base_layer(self) -> nn.Module:
+        """Returns the embedding itself, below adapters of other methods and PEFT's wrapper for trained rows."""
+        layer = self.base_layer
+        while isinstance(layer, AuxiliaryTrainingWrapper) or hasattr(layer, "base_layer"):
+            layer = layer.original_module if isinstance(layer, AuxiliaryTrainingWrapper) else layer.base_layer
+        return layer
 
     def forward(self, *args, **kwargs) -> torch.Tensor:
         return self.base_layer(*args, **kwargs)

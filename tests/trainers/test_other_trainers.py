@@ -177,6 +177,44 @@ def test_sft_trainer(family, kind, arguments, tmp_path) -> None:
         assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer:UserWarning")
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("tied", [False, True])
+def test_sft_trainer_with_a_chat_template_that_adds_tokens(tied, tmp_path) -> None:
+    """TRL resizes the model and sets `trainable_token_indices` and `modules_to_save` of the config."""
+    source = make_tokenizer()
+    source.add_tokens(["<|user|>", "<|end|>"], special_tokens=True)
+    source.chat_template = "{% for m in messages %}{{ '<|user|> ' + m['content'] + ' <|end|> ' }}{% endfor %}"
+    source.save_pretrained(tmp_path / "template")
+    tokenizer = make_tokenizer()
+    vocabulary = len(tokenizer)
+    trainer = SFTTrainer(
+        make_model("Llama", "CAUSAL_LM", vocab_size=vocabulary, tie_word_embeddings=tied),
+        SFTConfig(tmp_path, max_steps=8, bf16=False, chat_template_path=str(tmp_path / "template"), **SETTINGS),
+        train_dataset=make_texts("conversation"),
+        processing_class=tokenizer,
+        peft_config=PTuningConfig(num_virtual_tokens=V, task_type="CAUSAL_LM"),
+    )
+    before = trainable(trainer.model)
+    kinds = ["ptuning_encoders", "trainable_tokens_delta", "modules_to_save"]
+    assert all(any(kind in name for name in before) for kind in kinds)
+    assert len(before) == 3
+    trainer.train()
+    assert losses(trainer)[-1] < losses(trainer)[0]
+    for name, value in trainable(trainer.model).items():
+        assert (value - before[name]).abs().amax() > 1e-3, name
+
+    trainer.save_model(tmp_path / "adapter")
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()
+    ids = torch.tensor([[5, 6, vocabulary, 7, vocabulary + 1]])
+    expected = model(ids).logits.detach()
+    loaded = PeftModel.from_pretrained(model.unload(), tmp_path / "adapter").eval()
+    torch.testing.assert_close(loaded(ids).logits, expected, rtol=0, atol=1e-5)
+    small = make_model("Llama", "CAUSAL_LM", vocab_size=vocabulary, tie_word_embeddings=tied)
+    with pytest.raises(ValueError, match=f"has {vocabulary} rows. Call `resize_token_embeddings` first"):
+        PeftModel.from_pretrained(small, tmp_path / "adapter")
+
+
 def test_packed_texts_need_positions() -> None:
     model = add_prompt(make_model("Llama", "CAUSAL_LM"), "CAUSAL_LM")
     ids = make_batch("Llama", "CAUSAL_LM", lengths=(7,))["input_ids"]
