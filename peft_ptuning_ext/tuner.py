@@ -418,6 +418,9 @@ class PTuningModel(BaseTuner):
             target = PTuningLayer(target, self._backbone.embed_scale)
             setattr(parent, target_name, target)
             attach(self.model, self._backbone)
+            for name, module in self.model.named_modules():
+                if isinstance(module, PreTrainedModel) and f"{current_key}.".startswith(f"{name}." if name else ""):
+                    module.resize_token_embeddings = _ResizeTokenEmbeddings(module)
         target.update_layer(adapter_name, peft_config, self._start)
         self._start = None
         # A new module is in training mode: its dropout would act on a model that was put into evaluation mode before.
@@ -490,6 +493,33 @@ class PTuningModel(BaseTuner):
 
     def _layer(self) -> PTuningLayer:
         return find_layer(self.model)
+
+
+class _ResizeTokenEmbeddings:
+    """Stands in for `resize_token_embeddings` of a transformers model that has the tuner layer.
+
+    transformers resizes plain embeddings only. The tuner layer is taken out meanwhile and put around the new one.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+
+    def __call__(self, *args, **kwargs) -> nn.Embedding:
+        model = self.model
+        path, layer = next((n, module) for n, module in model.named_modules() if isinstance(module, PTuningLayer))
+        for module in (layer.base_layer, _embedding(model, "input"), _embedding(model, "output")):
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                raise ValueError(
+                    "An adapter trains rows of the vocabulary or the output embedding (`trainable_token_indices`, "
+                    "`modules_to_save`), which keep their size. Get the base model back with `unload()`, resize it, "
+                    "and add the adapter then."
+                )
+        _replace(model, path, layer.base_layer)
+        try:
+            return type(model).resize_token_embeddings(model, *args, **kwargs)
+        finally:
+            layer.base_layer = model.get_submodule(path)
+            _replace(model, path, layer)
 
 
 class _TokensWrapper(TrainableTokensWrapper):
@@ -567,6 +597,10 @@ def _take_out(model: nn.Module, adapter_names: Iterable[str]) -> None:
                 others = [name for name in module.active_adapters if name not in names]
                 for name in names & module._adapters:
                     module.delete_adapter(name, new_active_adapters=others)
+    if find_layer(model) is None:
+        for module in model.modules():
+            if isinstance(vars(module).get("resize_token_embeddings"), _ResizeTokenEmbeddings):
+                del module.resize_token_embeddings
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -295,6 +295,68 @@ def test_state_dict_round_trip(family, task, out) -> None:
     assert torch.equal(out(other, family, task), out(model, family, task))
 
 
+@pytest.mark.parametrize("size", [120, 80])
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize(
+    ("family", "task", "options"),
+    [
+        ("Llama", "CAUSAL_LM", {"tie_word_embeddings": False}),
+        ("Llama", "CAUSAL_LM", {"tie_word_embeddings": True}),
+        ("Gemma 3", "CAUSAL_LM", {"tie_word_embeddings": True}),
+        ("BERT", "SEQ_CLS", {}),
+        ("BERT", "masked LM", {}),
+        ("T5", "SEQ_2_SEQ_LM", {}),
+        ("BART", "SEQ_2_SEQ_LM", {}),
+        ("Llama", "FEATURE_EXTRACTION", {}),
+    ],
+)
+def test_resizing_the_vocabulary_keeps_the_prompt(family, task, options, inside, size) -> None:
+    config = make_config(task if task.isupper() else None, encoder_reparameterization_type="MLP")
+    base = make_model(family, task, **options)
+    model = get_peft_model(base, config).eval()
+    batch = {name: ids % 80 if "ids" in name else ids for name, ids in make_batch(family, task).items()}
+
+    @torch.no_grad()
+    def of_old_ids(model: nn.Module) -> torch.Tensor:
+        output = main_output(model(**batch))
+        return output[..., :80] if output.shape[-1] in (size, 99) else output
+
+    expected, prompt = of_old_ids(model), model.prompt_embeddings()
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    head = base.get_output_embeddings()
+    was_tied = head is not None and head.weight is base.get_input_embeddings().weight
+    model = copy.deepcopy(pickle.loads(pickle.dumps(model)))
+    base = model.get_base_model()
+    resized = (base if inside else model).resize_token_embeddings(size, mean_resizing=False)
+    assert resized.num_embeddings == size
+    assert base.config.vocab_size == size
+    torch.testing.assert_close(of_old_ids(model), expected, rtol=0, atol=1e-6)
+    assert torch.equal(model.prompt_embeddings(), prompt)
+    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == trained
+    batch["input_ids"] = batch["input_ids"].clone().fill_(size - 1)
+    assert torch.isfinite(of_old_ids(model)).all()
+    model.add_adapter("second", config)
+    with model.disable_adapter():
+        expected = of_old_ids(model)
+
+    base = model.unload()
+    assert "resize_token_embeddings" not in {name for module in base.modules() for name in vars(module)}
+    torch.testing.assert_close(of_old_ids(base), expected, rtol=0, atol=1e-6)
+    head = base.get_output_embeddings()
+    assert was_tied == (head is not None and head.weight is base.get_input_embeddings().weight)
+    assert base.resize_token_embeddings(size + 1, mean_resizing=False).num_embeddings == size + 1
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("trained", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [7]}])
+def test_a_vocabulary_that_is_trained_is_not_resized(inside, trained, out) -> None:
+    model = make_adapted("Llama", "CAUSAL_LM", **trained)
+    expected = out(model, "Llama", "CAUSAL_LM")
+    with pytest.raises(ValueError, match=r"keep their size. Get the base model back with `unload\(\)`, resize it"):
+        (model.get_base_model() if inside else model).resize_token_embeddings(120)
+    assert torch.equal(out(model, "Llama", "CAUSAL_LM"), expected)
+
+
 def test_threads_share_a_model(out) -> None:
     model = make_adapted("BERT", "SEQ_CLS")
     expected = out(model)
