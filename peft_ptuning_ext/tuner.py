@@ -344,7 +344,7 @@ class PTuningModel(BaseTuner):
         check_token_indices(indices := self._token_indices)
         if indices is None:
             return {}
-        modules = dict(self.model.named_modules())
+        modules = dict(self.model.named_modules(remove_duplicate=False))
         if not isinstance(indices, dict):
             table = _embedding(self.model, "input")
             indices = {next((name for name, module in modules.items() if module is table), "embed_tokens"): indices}
@@ -409,17 +409,19 @@ class PTuningModel(BaseTuner):
         return state
 
     def _check_target_module_exists(self, peft_config: PTuningConfig, key: str) -> bool:
-        return key == self._backbone.embedding_path
+        # By identity: once resized, an encoder-decoder's embedding has several paths, and PEFT comes with the first.
+        return self.model.get_submodule(key) is self.model.get_submodule(self._backbone.embedding_path)
 
     def _create_and_replace(
         self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
     ) -> None:
         if not isinstance(target, PTuningLayer):
+            path = self._backbone.embedding_path
             target = PTuningLayer(target, self._backbone.embed_scale)
-            setattr(parent, target_name, target)
+            _replace(self.model, path, target)
             attach(self.model, self._backbone)
             for name, module in self.model.named_modules():
-                if isinstance(module, PreTrainedModel) and f"{current_key}.".startswith(f"{name}." if name else ""):
+                if isinstance(module, PreTrainedModel) and f"{path}.".startswith(f"{name}." if name else ""):
                     module.resize_token_embeddings = _ResizeTokenEmbeddings(module)
         target.update_layer(adapter_name, peft_config, self._start)
         self._start = None

@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from families import make_model
 from peft import LoraConfig, PeftModel, get_peft_model
-from reference import V, main_output, make_batch
+from reference import V, concatenated, main_output, make_batch
 from torch import nn
 
 from peft_ptuning_ext import PromptEncoderType, PTuningConfig
@@ -345,6 +345,28 @@ def test_resizing_the_vocabulary_keeps_the_prompt(family, task, options, inside,
     head = base.get_output_embeddings()
     assert was_tied == (head is not None and head.weight is base.get_input_embeddings().weight)
     assert base.resize_token_embeddings(size + 1, mean_resizing=False).num_embeddings == size + 1
+
+
+@pytest.mark.parametrize("family", ["T5", "BART"])
+def test_an_encoder_decoder_that_was_resized_before(family, out, tmp_path) -> None:
+    """Its embedding is then one module with several paths."""
+
+    def make() -> nn.Module:
+        base = make_model(family, "SEQ_2_SEQ_LM")
+        base.resize_token_embeddings(120, mean_resizing=False)
+        return base
+
+    base = make()
+    modules = [name for name, _ in base.named_modules(remove_duplicate=False)]
+    model = get_peft_model(base, make_config("SEQ_2_SEQ_LM")).eval()
+    batch = make_batch(family, "SEQ_2_SEQ_LM")
+    expected = concatenated(copy.deepcopy(model).unload(), "SEQ_2_SEQ_LM", model.prompt_embeddings(), batch)
+    found = out(model, family, "SEQ_2_SEQ_LM")
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(model.unload(), tmp_path).eval()
+    torch.testing.assert_close(out(loaded, family, "SEQ_2_SEQ_LM"), found, rtol=0, atol=1e-6)
+    assert [name for name, _ in loaded.unload().named_modules(remove_duplicate=False)] == modules
 
 
 @pytest.mark.parametrize("inside", [False, True])
