@@ -6,16 +6,17 @@ from __future__ import annotations
 
 import enum
 import os
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType
 from typing import Optional, Union
 
 from peft import PeftConfig, PeftType, PromptTuningInit
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from .files.card import complete_card
-from .files.checkpoint import CheckpointSource, replacing
+from .files.checkpoint import CheckpointSource, replacing, saved_vocabulary
 from .registration import PEFT_TYPE_NAME
 
 
@@ -231,10 +232,30 @@ class PTuningConfig(PeftConfig):
         """Saves the config, whole or not at all. See [`~peft.PeftConfig.save_pretrained`].
 
         Where it completes an adapter that PEFT has just saved, whose card is made of placeholders, it fills the card.
+        If PEFT has saved the vocabulary too, because it was resized, a warning says what loading the adapter needs.
         """
         with replacing(save_directory) as folder:
             super().save_pretrained(folder, **kwargs)
         complete_card(Path(save_directory), self)
+        rows = saved_vocabulary(Path(save_directory), self.modules_to_save or ())
+        if rows is not None and (rows_of_base := self._vocabulary_of_base()) not in (None, rows):
+            warnings.warn(
+                f"The vocabulary was resized from {rows_of_base} to {rows} rows in memory only: this adapter does not "
+                f"load on {self.base_model_name_or_path} as it is. Save the resized model and its tokenizer, load the "
+                "model from there and add prompts then. Or, whenever this adapter is loaded, load the base model, "
+                f"call `resize_token_embeddings({rows})`, and `PeftModel.from_pretrained(model, folder)`.",
+                stacklevel=2,
+            )
+
+    def _vocabulary_of_base(self) -> Optional[int]:
+        """How many rows the vocabulary of the saved base model has, if that can be told."""
+        try:
+            base = AutoConfig.from_pretrained(
+                self.base_model_name_or_path, revision=self.revision, trust_remote_code=False
+            )
+        except (OSError, ValueError):
+            return None
+        return getattr(base.get_text_config(), "vocab_size", None)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: Optional[str] = None, **kwargs):

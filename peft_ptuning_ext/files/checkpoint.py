@@ -249,6 +249,26 @@ def read_tensors(
         return {key: file.get_tensor(key) for key in keys if with_others or key in shapes}
 
 
+def saved_vocabulary(folder: Path, modules_to_save: Sequence[str]) -> Optional[int]:
+    """Returns how many rows the vocabulary has that PEFT has saved beside a prompt; `None` if there is none.
+
+    Args:
+        folder (`Path`): Folder of the adapter.
+        modules_to_save (`Sequence[str]`): Names of the modules that are trained beside the prompt.
+    """
+    path = folder / SAFETENSORS_WEIGHTS_NAME
+    if not path.is_file():
+        return None
+    with _reading(str(path)) as file:
+        for key in list(file.keys()):
+            is_trained = ENCODER_KEY in key or key.endswith(TOKENS_KEY)
+            is_head = any(f".{name}." in key for name in modules_to_save)
+            shape = file.get_slice(key).get_shape()
+            if not is_trained and not is_head and len(shape) == 2:
+                return shape[0]
+    return None
+
+
 def check_state(state: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
     """Checks the encoder in an adapter's state dict, as [`check_file`] does."""
     found = {key.rpartition(ENCODER_KEY)[2]: value for key, value in state.items() if ENCODER_KEY in key}

@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 import transformers
 from accelerate import disk_offload
-from families import make_model
+from families import TASKS, make_model
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from reference import V, main_output, make_batch
 from transformers import LlamaForCausalLM
@@ -551,22 +551,44 @@ def test_a_file_can_not_bring_weights_of_the_base_along(saved) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
-def test_embeddings_of_a_resized_vocabulary_need_it_resized(tmp_path) -> None:
-    make_model("Llama", "CAUSAL_LM").save_pretrained(tmp_path / "base")
-    base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+@pytest.mark.parametrize(
+    ("family", "task", "saved_too"),
+    [("Llama", "CAUSAL_LM", 2), ("Llama", "SEQ_CLS", 2), ("BERT", "TOKEN_CLS", 3), ("T5", "SEQ_2_SEQ_LM", 2)],
+)
+def test_a_vocabulary_resized_in_memory_is_told_when_saving(family, task, saved_too, tmp_path) -> None:
+    auto_class, batch = TASKS[task], make_batch(family, task)
+    make_model(family, task).save_pretrained(tmp_path / "base")
+    base = auto_class.from_pretrained(tmp_path / "base")
     base.resize_token_embeddings(110, mean_resizing=False)
-    model = get_peft_model(base, PTuningConfig(num_virtual_tokens=V, task_type="CAUSAL_LM")).eval()
-    model.save_pretrained(tmp_path / "adapter")
+    model = get_peft_model(base, PTuningConfig(num_virtual_tokens=V, task_type=task)).eval()
+    with pytest.warns(UserWarning, match=r"resized from 99 to 110 rows in memory only.*resize_token_embeddings\(110"):
+        model.save_pretrained(tmp_path / "adapter")
     weights = safetensors.torch.load_file(tmp_path / "adapter" / WEIGHTS)
-    assert len(weights) == 3  # with both embeddings
-    small, large = (LlamaForCausalLM.from_pretrained(tmp_path / "base") for _ in range(2))
+    assert len(weights) == 1 + saved_too  # with the embeddings, or the embedding and a head
+    small, large = (auto_class.from_pretrained(tmp_path / "base") for _ in range(2))
     with pytest.raises(ValueError, match=r"shape \(110, 32\), and the model's has \(99, 32\).*resize its vocabulary"):
         PeftModel.from_pretrained(small, tmp_path / "adapter")
     assert not hasattr(small, "peft_config")
+    # Both ways that the warning names.
     large.resize_token_embeddings(110, mean_resizing=False)
     loaded = PeftModel.from_pretrained(large, tmp_path / "adapter").eval()
-    batch = make_batch("Llama", "CAUSAL_LM")
-    assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+    torch.testing.assert_close(main_output(loaded(**batch)), main_output(model(**batch)), rtol=0, atol=1e-6)
+    base = model.unload()
+    base.save_pretrained(tmp_path / "resized")
+    again = get_peft_model(
+        auto_class.from_pretrained(tmp_path / "resized"), PTuningConfig(num_virtual_tokens=V, task_type=task)
+    )
+    again.save_pretrained(tmp_path / "again")  # a warning would be an error
+    PeftModel.from_pretrained(auto_class.from_pretrained(tmp_path / "resized"), tmp_path / "again")
+
+
+def test_a_vocabulary_that_is_saved_as_it_was_is_no_reason_to_warn(tmp_path) -> None:
+    make_model("Llama", "CAUSAL_LM").save_pretrained(tmp_path / "base")
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    model = get_peft_model(base, PTuningConfig(num_virtual_tokens=V, task_type="CAUSAL_LM"))
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    assert len(safetensors.torch.load_file(tmp_path / "adapter" / WEIGHTS)) == 3
+    PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
 
 
 def test_a_head_that_counts_batches_is_loaded(tmp_path) -> None:
@@ -589,7 +611,8 @@ import os, random, signal, sys, time, warnings
 warnings.simplefilter("ignore")
 import torch
 torch.set_num_threads(1)
-from families import make_model
+from accelerate import disk_offload
+from families import TASKS, make_model
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from peft_ptuning_ext import PTuningConfig
 
