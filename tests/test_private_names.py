@@ -63,6 +63,9 @@ PRIVATE_NAMES: dict[str, Callable[[], Any]] = {
     "_gradient_checkpointing_func": _checkpointing,
     "_hf_hook": lambda: add_hook_to_module(nn.Linear(1, 1), ModelHook()),
     "_old_forward": lambda: add_hook_to_module(nn.Linear(1, 1), ModelHook()),
+    "_hf_peft_config_loaded": lambda: PreTrainedModel,
+    "_orig_mod": lambda: torch.compile(nn.Linear(1, 1)),
+    "_apply": lambda: nn.Module,
     "_parameters": nn.Module,
     "_buffers": nn.Module,
     "_is_replica": lambda: nn.Linear(1, 1)._replicate_for_data_parallel(),
@@ -132,6 +135,7 @@ def _private_names_of_others() -> set[str]:
     return (read ^ given) | {name for name in read & given if any(hasattr(base, name) for base in bases)}
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler itself
 @pytest.mark.parametrize("name", PRIVATE_NAMES)
 def test_private_names_are_there(name) -> None:
     owner = PRIVATE_NAMES[name]()

@@ -71,7 +71,7 @@ def to_prompt_embeds(model: nn.Module, input_ids: torch.Tensor, adapter_name: Op
         raise ValueError(f"`input_ids` must be one text, shape (S,) or (1, S), got {tuple(input_ids.shape)}.")
     if (
         isinstance(adapter.layer.base_layer, AuxiliaryTrainingWrapper)
-        and adapter.name != adapter.layer.prompted_adapter
+        and adapter.name not in adapter.layer.prompt_names
     ):
         raise ValueError(
             f"The embeddings are those of the active adapter, with the rows that it trains. Activate {adapter.name!r} "

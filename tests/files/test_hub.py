@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -188,10 +187,18 @@ result = logits(model)
     assert run(loaded, hub, folder, "reader") == expected
 
 
-def test_the_readmes_lines_share_an_adapter(hub, folder) -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    (code,) = (block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "push_to_hub" in block)
-    check = "first = logits(model)\nbase = base()\n" + code + "result = [first, logits(model)]"
+SHARE = """
+from peft import PeftModel
+from peft_ptuning_ext import make_model_card
+
+model.push_to_hub("user/my-prompt")
+make_model_card(model, "user/my-prompt", license="apache-2.0").push_to_hub("user/my-prompt")
+first, model = logits(model), PeftModel.from_pretrained(base(), "user/my-prompt", revision="main")
+"""
+
+
+def test_an_adapter_and_its_card_are_shared(hub, folder) -> None:
+    check = SHARE + "result = [first, logits(model)]"
     first, loaded = run(PUSH + check, hub, folder, "author")
     assert loaded == first
     assert "license: apache-2.0" in hub.files("user/my-prompt")["README.md"].decode()
