@@ -74,8 +74,12 @@ assert [type(m.get_base_model()).__name__ for m in (tagger, reader, filler)] == 
     "BertForTokenClassification", "BertForQuestionAnswering", "BertForMaskedLM"
 ]
 assert type(base.get_input_embeddings()).__name__ == "PTuningLayer"  # that of the import
-assert after[3]["loaded"].prompt_embeddings().equal(after[0]["model"].prompt_embeddings())
-assert "prompt_effect" in after[6]["trainer"].state.log_history[0]
+assert classifier.prompt_embeddings().equal(after[0]["model"].prompt_embeddings())
+trained = [parameter for name, parameter in chat.named_parameters() if "trainable_tokens_delta" in name]
+assert [parameter.shape for parameter in trained] == [(2, 32)] and trained[0].requires_grad
+assert after[4]["loaded"].prompt_embeddings().equal(after[0]["model"].prompt_embeddings())
+assert len(grown.get_input_embeddings().weight) == len(tokenizer) + 8
+assert "prompt_effect" in after[8]["trainer"].state.log_history[0]
 assert len(nearest) == 20 and len(nearest[0]) == 3 and -1 <= similarity <= 1
 assert static.equal(answer)
 assert more.shape[1] == first.sequences.shape[1] + 8
