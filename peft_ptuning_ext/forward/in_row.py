@@ -26,7 +26,12 @@ RULED_INPUTS = {"input_ids", "inputs_embeds", "position_ids", *PER_TOKEN_FILLS}
 
 
 def begin(
-    stack: nn.Module, forward: Callable, call: Call, prompt: Prompt, embeds: torch.Tensor, why_in_row: Optional[str]
+    stack: nn.Module,
+    forward: Callable,
+    call: Call,
+    prompt: Prompt,
+    embeds: torch.Tensor,
+    why_in_row: Callable[[], Optional[str]],
 ) -> Any:
     """Runs a call that begins a sequence.
 
@@ -36,7 +41,7 @@ def begin(
         call ([`Call`]): What was asked.
         prompt ([`Prompt`]): With its vectors, (1, V, H).
         embeds (`torch.Tensor`): The embeddings of the text, (B, S, H).
-        why_in_row (`str`, *optional*): Why the prompt stands in the row, for messages.
+        why_in_row (`Callable`): Returns why the prompt stands in the row, for messages.
 
     Returns:
         The outputs of `forward` at the text's positions. An encoder-decoder's encoder keeps the prompt's, to which its
@@ -47,8 +52,8 @@ def begin(
     """
     _check(call, why_in_row)
     call.check_lengths(0, prompt.length, call.mask)
-    batch_size, text = embeds.shape[:2]
-    layout = Layout.at(_places(call, prompt.length), prompt.length, text)
+    places = None if call.mask is None else _places(call.backbone, call.mask, prompt.length)
+    layout = Layout.at(places, prompt.length, embeds.shape[1])
     widened = {"input_ids": None, "inputs_embeds": layout.spread(prompt.vectors, embeds)}
     for name, value in PER_TOKEN_FILLS.items():
         if call.given.get(name) is not None:
@@ -63,38 +68,37 @@ def begin(
         hold_prompt(call.cache, memory)
         widened[call.backbone.cache_name] = whole_view(call.cache)
     output = forward(**call.arguments(**widened))
-    if call.backbone.decoder is not None:
-        return output
-    total = prompt.length + text
+    return output if call.backbone.decoder is not None else _trim(stack, call, layout, memory, output)
+
+
+def _trim(stack: nn.Module, call: Call, layout: Layout, memory: Prompt, output: Any) -> Any:
+    """Takes the prompt's positions off the outputs of a backbone, and tells their caches of the prompt."""
+    total = layout.length + layout.text
     if output[0].shape[1] != total:
         raise ValueError(
             f"{call.stack} was given {total} positions and returned {output[0].shape[1]}: it adds or merges "
             "positions, and which of them are the prompt's can't be told."
         )
-    pooled = "pooler_output"
-    if isinstance(output, tuple):
-        pooled = 1 if getattr(stack, "pooler", None) is not None else None
-
-    def trim(key: str | int, value: Any, hidden: torch.Tensor) -> Any:
-        if key == pooled and value is not None:
-            return pool(stack, hidden)
-        return _with_memory(value, memory) if isinstance(value, Cache) else layout.trim(value, batch_size)
-
-    hidden = layout.trim(output[0], batch_size)
-    if isinstance(output, tuple):
-        return tuple(trim(key, value, hidden) for key, value in enumerate(output))
-    for key in list(output):
-        output[key] = trim(key, output[key], hidden)
-    return output
+    is_tuple = isinstance(output, tuple)
+    pooled = "pooler_output" if not is_tuple else 1 if getattr(stack, "pooler", None) is not None else None
+    trimmed = list(output) if is_tuple else output
+    for key in range(len(output)) if is_tuple else list(output):
+        if isinstance(trimmed[key], Cache):
+            hold_prompt(trimmed[key], memory)
+        elif key == pooled and trimmed[key] is not None:
+            trimmed[key] = pool(stack, trimmed[0])  # of the text, which comes first and is trimmed by now
+        else:
+            trimmed[key] = layout.trim(trimmed[key], len(call.tokens))
+    return tuple(trimmed) if is_tuple else trimmed
 
 
-def go_on(forward: Callable, call: Call, why_in_row: Optional[str]) -> Any:
+def go_on(forward: Callable, call: Call, why_in_row: Callable[[], Optional[str]]) -> Any:
     """Runs a call behind a cache that holds the prompt: nothing is put in front.
 
     Args:
         forward (`Callable`): The backbone's own `forward`.
         call ([`Call`]): What was asked.
-        why_in_row (`str`, *optional*): Why the prompt stands in the row, for messages.
+        why_in_row (`Callable`): Returns why the prompt stands in the row, for messages.
 
     Raises:
         ValueError: An input has no rule for a prompt in the row, or the text is too long.
@@ -125,14 +129,10 @@ def widen_memory_mask(backbone: Backbone, decoder: nn.Module, args: tuple, kwarg
 
 def widen_mask(backbone: Backbone, mask: torch.Tensor, length: int) -> torch.Tensor:
     """`mask` (B, N) with the ones of V = `length` virtual tokens at their places: (B, V+N)."""
-    return Layout.at(_places_beside(backbone, mask, length), length, mask.shape[1]).fill(1, mask)
+    return Layout.at(_places(backbone, mask, length), length, mask.shape[1]).fill(1, mask)
 
 
-def _places(call: Call, length: int) -> Optional[torch.Tensor]:
-    return None if call.mask is None else _places_beside(call.backbone, call.mask, length)
-
-
-def _places_beside(backbone: Backbone, mask: torch.Tensor, length: int) -> Optional[torch.Tensor]:
+def _places(backbone: Backbone, mask: torch.Tensor, length: int) -> Optional[torch.Tensor]:
     """The columns of a text that the prompt stands before, (B, V); `None`: in front of all rows' columns.
 
     Padding on the left of the text stays on the left of the prompt where distance is counted in columns. Otherwise the
@@ -145,24 +145,19 @@ def _places_beside(backbone: Backbone, mask: torch.Tensor, length: int) -> Optio
     return leading_padding(mask).expand(-1, length)
 
 
-def _with_memory(cache: Cache, memory: Prompt) -> Cache:
-    hold_prompt(cache, memory)
-    return cache
-
-
-def _check(call: Call, why_in_row: Optional[str]) -> None:
+def _check(call: Call, why_in_row: Callable[[], Optional[str]]) -> None:
     """Refuses what would otherwise be silently wrong."""
     call.check_packing()
     if call.cache is not None and is_static(call.cache):
         raise ValueError(
             f"{call.stack} got a static cache, which has no room for the prompt: it is concatenated here, because "
-            f"{why_in_row}. Leave `cache_implementation` at its default."
+            f"{why_in_row()}. Leave `cache_implementation` at its default."
         )
     if call.mask is not None and not (isinstance(call.mask, torch.Tensor) and call.mask.dim() == 2):
         kind = f"{call.mask.dim()}-D mask" if isinstance(call.mask, torch.Tensor) else type(call.mask).__name__
         raise ValueError(
             f"{call.stack} got an attention mask that has no room for the prompt ({kind}) instead of a 2-D one "
-            f"(B, S): the prompt is concatenated here, because {why_in_row}."
+            f"(B, S): the prompt is concatenated here, because {why_in_row()}."
         )
     batch_size, text = call.tokens.shape[:2]
     for name, value in call.given.items():

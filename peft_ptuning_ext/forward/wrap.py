@@ -63,25 +63,24 @@ def run(stack: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
     call.check_names()
     if call.memory is not None:
         if call.memory.states is None:
-            return in_row.go_on(forward, call, why_in_row(stack))
+            return in_row.go_on(forward, call, functools.partial(why_in_row, stack))
         if not in_attention.takes_prompt(stack):
             raise ValueError(
                 "The cache was filled behind a shared prompt, and the attention implementation was then changed to "
                 f"{stack.config._attn_implementation!r}, which does not see it. Begin with an empty cache."
             )
         return in_attention.run(forward, call, call.memory)
-    is_worth_a_pass = call.is_worth_a_pass
-    reason = why_in_row(stack)
+    is_in_attention = call.is_worth_a_pass and why_in_row(stack) is None
     prompt = layer.choose(names, call.tokens.dtype if call.is_embedded else layer.dtype or stack.dtype)
-    if reason is None and is_worth_a_pass:
+    if is_in_attention:
         try:
             prompt = in_attention.with_states(stack, forward, prompt)
-        except NotRecorded as found:
-            reason = attachment.not_recorded = str(found)
+        except NotRecorded as reason:
+            attachment.not_recorded = str(reason)
         else:
             return in_attention.run(forward, call, prompt)
     embeds = call.tokens if call.is_embedded else layer.embed(call.tokens)
-    return in_row.begin(stack, forward, call, prompt, embeds, reason)
+    return in_row.begin(stack, forward, call, prompt, embeds, functools.partial(why_in_row, stack))
 
 
 def why_in_row(stack: nn.Module) -> Optional[str]:
