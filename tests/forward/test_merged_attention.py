@@ -96,7 +96,7 @@ def test_a_text_that_needs_no_gradient_costs_none() -> None:
     for tensor in inputs[:3]:
         tensor.requires_grad_(False)
     output = merged_attention(*inputs)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
         found = torch.autograd.grad(output.square().sum(), inputs[3:])
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
@@ -139,7 +139,7 @@ def test_without_the_private_operators_keys_are_concatenated(end, monkeypatch) -
 
     def run() -> tuple[torch.Tensor, torch.Tensor, int]:
         model.zero_grad()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
             logits = model(**batch).logits
             logits.square().sum().backward()
         kernels = {event.key: event.count for event in profile.key_averages()}
