@@ -6,16 +6,20 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import shutil
 import site
 import subprocess
 import sys
 import tarfile
+import tomllib
 import venv
 import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 import peft_ptuning_ext
 
@@ -118,3 +122,16 @@ def test_imports_run_down_only() -> None:
 
 def test_the_changelog_knows_the_version() -> None:
     assert f"\n## {VERSION}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_oldest_releases_that_are_tried_are_the_lower_bounds() -> None:
+    """`constraints-oldest.txt`, and torch in the Makefile, against pyproject.toml."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = [Requirement(line) for line in project["dependencies"]]
+    recipes = [Requirement(line) for line in project["optional-dependencies"]["recipes"]]
+    bounds = {r.name: Version(s.version) for r in needed + recipes for s in r.specifier if s.operator == ">="}
+    lines = (ROOT / "constraints-oldest.txt").read_text().splitlines()
+    tried = dict(line.split("==") for line in lines if not line.startswith("#"))
+    tried["torch"] = re.search(r"test-oldest: TORCH \?= torch==(\S+)", (ROOT / "Makefile").read_text()).group(1)
+    assert {requirement.name for requirement in needed} <= tried.keys()
+    assert {name: Version(release) for name, release in tried.items()} == {name: bounds[name] for name in tried}
