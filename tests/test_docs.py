@@ -111,6 +111,7 @@ for message in (
     "`is_gradient_checkpointing` is deprecated",  # PEFT 0.21 itself reads the old name
     "`gradient_checkpointing` is deprecated",  # TRL's arguments use the old name
     "'pin_memory' argument is set",  # Trainer's default, where there is no accelerator
+    "`past_key_values` is deprecated",  # since transformers 5.24 its name is `cache`
     "Unable to fetch remote file",  # PEFT looks for the files of a folder on the Hub, too
     "Use 'content=<...>' to upload",  # huggingface_hub's own uploads
 ):
