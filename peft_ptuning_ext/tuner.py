@@ -161,7 +161,7 @@ class PTuningModel(BaseTuner):
         They are dropped by themselves whenever the prompt, a weight, dtype or device changes; call this after writing
         to weights through `parameter.data`, which leaves no trace.
         """
-        find_stack(self.model).ptuning.kept.forget()
+        find_stack(self.model).ptuning.states.drop()
 
     def generate_batch(self, *args, **kwargs) -> NoReturn:
         """Refused: continuous batching puts texts that go on at different steps into one row of paged attention."""
@@ -173,7 +173,7 @@ class PTuningModel(BaseTuner):
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
-        find_stack(self.model).ptuning.kept.forget(adapter_name)
+        find_stack(self.model).ptuning.states.drop(adapter_name)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
@@ -584,7 +584,7 @@ def _take_out(model: nn.Module, adapter_names: Iterable[str]) -> None:
         if isinstance(module, PTuningLayer):
             for name in names & module.ptuning_encoders.keys():
                 del module.ptuning_encoders[name]
-                stack.ptuning.kept.forget(name)
+                stack.ptuning.states.drop(name)
             if not module.ptuning_encoders:
                 if stack is not None:  # else attaching has failed
                     detach(model)

@@ -42,7 +42,7 @@ def fold_prompt(model: nn.Module, adapter_name: Optional[str] = None) -> None:
     table.requires_grad_(network.embedding.requires_grad).train(network.training)
     layer.ptuning_encoders[adapter.name] = table
     model.peft_config[adapter.name] = config
-    find_stack(model).ptuning.kept.forget(adapter.name)
+    find_stack(model).ptuning.states.drop(adapter.name)
 
 
 @torch.no_grad()

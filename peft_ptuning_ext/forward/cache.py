@@ -22,7 +22,7 @@ from transformers.cache_utils import StaticLayer
 from ..prompts.prompt import Prompt
 
 
-class HoldsPrompt:
+class CacheWithPrompt:
     """Mixed into the class of a cache whose columns hold V virtual tokens beside the user's."""
 
     def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
@@ -33,34 +33,34 @@ class HoldsPrompt:
 
 
 @functools.cache
-def _holding_class(cache_class: type[Cache]) -> type[Cache]:
-    return type(f"{cache_class.__name__}BehindPrompt", (HoldsPrompt, cache_class), {})
+def _class_with_prompt(cache_class: type[Cache]) -> type[Cache]:
+    return type(f"{cache_class.__name__}BehindPrompt", (CacheWithPrompt, cache_class), {})
 
 
 def _plain_class(cache_class: type[Cache]) -> type[Cache]:
-    return cache_class.__mro__[2] if issubclass(cache_class, HoldsPrompt) else cache_class
+    return cache_class.__mro__[2] if issubclass(cache_class, CacheWithPrompt) else cache_class
 
 
 def _rebuild(cache_class: type[Cache]) -> Cache:
-    holding = _holding_class(cache_class)
-    return holding.__new__(holding)
+    with_prompt = _class_with_prompt(cache_class)
+    return with_prompt.__new__(with_prompt)
 
 
 @torch.compiler.disable  # it can't compile a change of class
-def hold_prompt(cache: Cache, prompt: Prompt) -> None:
+def note_prompt(cache: Cache, prompt: Prompt) -> None:
     """Makes `cache` report the user's tokens only, in place; it holds, or is about to, V columns more."""
     cache.ptuning_prompt = prompt
-    cache.__class__ = _holding_class(_plain_class(type(cache)))
+    cache.__class__ = _class_with_prompt(_plain_class(type(cache)))
 
 
-def forget_prompt(cache: Cache) -> None:
+def clear_prompt(cache: Cache) -> None:
     """Makes `cache`, which was emptied, one that was filled behind no prompt."""
-    if isinstance(cache, HoldsPrompt):
+    if isinstance(cache, CacheWithPrompt):
         cache.__class__ = _plain_class(type(cache))
     del cache.ptuning_prompt
 
 
-def whole_view(cache: Cache) -> Cache:
+def full_view(cache: Cache) -> Cache:
     """Returns a cache with the same state as one that holds a prompt, which reports all columns."""
     view = object.__new__(_plain_class(type(cache)))
     view.__dict__ = cache.__dict__

@@ -13,7 +13,7 @@ from transformers import Cache
 
 from ..backbone import PACKING_INPUTS, REFUSED_INPUTS, Backbone
 from ..prompts.prompt import Prompt
-from .cache import HoldsPrompt, forget_prompt, whole_view
+from .cache import CacheWithPrompt, clear_prompt, full_view
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Call:
         given_positions (`torch.Tensor`, *optional*): The caller's positions, (B, S), or (3, B, S) of images.
         cache (`Cache`, *optional*): What came before. It reports all of its columns.
         past (`int` or `torch.Tensor`): How many columns the cache has filled; a tensor only while compiling.
-        memory ([`Prompt`], *optional*): The prompt that the cache was filled behind.
+        cached_prompt ([`Prompt`], *optional*): The prompt that the cache was filled behind.
     """
 
     stack: str
@@ -43,7 +43,7 @@ class Call:
     given_positions: Optional[torch.Tensor]
     cache: Optional[Cache]
     past: int | torch.Tensor
-    memory: Optional[Prompt]
+    cached_prompt: Optional[Prompt]
 
     @classmethod
     def read(cls, stack: nn.Module, backbone: Backbone, args: tuple, kwargs: dict) -> Call:
@@ -58,16 +58,16 @@ class Call:
             given = dict(given)
             given[cache_name] = given.pop("past_key_values")
         ids, embeds, cache = given.get("input_ids"), given.get("inputs_embeds"), given.get(cache_name)
-        past, memory = 0, None
+        past, cached_prompt = 0, None
         if isinstance(cache, Cache):
-            memory = getattr(cache, "ptuning_prompt", None)
-            if isinstance(cache, HoldsPrompt):
-                given = {**given, cache_name: whole_view(cache)}
+            cached_prompt = getattr(cache, "ptuning_prompt", None)
+            if isinstance(cache, CacheWithPrompt):
+                given = {**given, cache_name: full_view(cache)}
             past = given[cache_name].get_seq_length()
             past = past if torch.compiler.is_compiling() else int(past)
-            if memory is not None and not isinstance(past, torch.Tensor) and past == 0:
-                forget_prompt(cache)  # it was reset
-                given, memory = {**given, cache_name: cache}, None
+            if cached_prompt is not None and not isinstance(past, torch.Tensor) and past == 0:
+                clear_prompt(cache)  # it was reset
+                given, cached_prompt = {**given, cache_name: cache}, None
         return cls(
             type(stack).__name__,
             backbone,
@@ -78,7 +78,7 @@ class Call:
             given_positions=given.get("position_ids"),
             cache=given[cache_name] if isinstance(cache, Cache) else None,
             past=past,
-            memory=memory,
+            cached_prompt=cached_prompt,
         )
 
     def arguments(self, **changes: Any) -> dict[str, Any]:
@@ -137,12 +137,12 @@ class Call:
         if not self.is_embedded and self.tokens.dim() != 2:
             raise ValueError(f"{self.stack} got `input_ids` of shape {tuple(self.tokens.shape)}, not (B, S).")
 
-    def check_memory(self, names: tuple[str, ...]) -> None:
+    def check_cache(self, names: tuple[str, ...]) -> None:
         """Refuses to go on under one adapter behind a cache that was filled under another."""
-        memory = self.memory
+        cached_prompt = self.cached_prompt
         # While compiling, how much a static cache holds can't be told; what it was filled behind can.
-        is_filled = memory is not None or (not isinstance(self.past, torch.Tensor) and self.past > 0)
-        filled = () if memory is None else memory.names
+        is_filled = cached_prompt is not None or (not isinstance(self.past, torch.Tensor) and self.past > 0)
+        filled = () if cached_prompt is None else cached_prompt.names
         if is_filled and filled != names:
             before, now = (f"adapter {each[0]!r}" if each else "no adapter" for each in (filled, names))
             raise ValueError(

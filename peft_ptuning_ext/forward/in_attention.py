@@ -27,8 +27,8 @@ from .attention import KEYWORD, InFront, Recording
 from .call import Call, count_positions
 
 
-# For how many adapters of a model keys and values are kept; the one stored first goes first.
-KEPT_ADAPTERS = 16
+# For how many adapters of a model keys and values are stored; the oldest entry goes first.
+MAX_STORED = 16
 
 
 class NotRecorded(Exception):
@@ -89,7 +89,7 @@ def _is_sharded(stack: PreTrainedModel) -> bool:
     """Whether processes gather the weights of its modules as they run (FSDP, DeepSpeed ZeRO-3).
 
     All processes then have to run the same modules, and a module's backward pass has to end where its output's begins.
-    A pass for the prompt alone keeps to neither: only some processes may need it, and of its last layer only the keys
+    A pass for the prompt alone does neither: only some processes may need it, and of its last layer only the keys
     and values are used.
     """
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
@@ -110,7 +110,7 @@ def _checkpoints_reentrantly(stack: PreTrainedModel) -> bool:
 
 
 def with_states(stack: PreTrainedModel, forward: Callable, prompt: Prompt) -> Prompt:
-    """Returns the prompt with its keys and values: those kept, where no gradient is asked for, or new ones.
+    """Returns the prompt with its keys and values: those stored, where no gradient is asked for, or new ones.
 
     Args:
         stack (`PreTrainedModel`): The backbone.
@@ -120,13 +120,13 @@ def with_states(stack: PreTrainedModel, forward: Callable, prompt: Prompt) -> Pr
     Raises:
         NotRecorded: The pass showed that the backbone does not call its attention exactly once per layer.
     """
-    vectors, kept = prompt.vectors, stack.ptuning.kept
-    keeps = not torch.is_grad_enabled() and not stack.training and not torch.compiler.is_compiling()
-    if keeps and (states := kept.find(stack, prompt.names, vectors)) is not None:
+    vectors, stored = prompt.vectors, stack.ptuning.states
+    is_stored = not torch.is_grad_enabled() and not stack.training and not torch.compiler.is_compiling()
+    if is_stored and (states := stored.find(stack, prompt.names, vectors)) is not None:
         return Prompt(prompt.names, prompt.length, states=states)
     states = _record(stack.config, forward, vectors)
-    if keeps:
-        kept.keep(stack, prompt.names, vectors, states)
+    if is_stored:
+        stored.store(stack, prompt.names, vectors, states)
     return Prompt(prompt.names, prompt.length, states=states)
 
 
@@ -150,24 +150,24 @@ def _record(config: Any, forward: Callable, vectors: torch.Tensor) -> States:
     return states
 
 
-class KeptStates:
-    """Keys and values of prompts kept between calls that need no gradients, one entry for each prompt.
+class StoredStates:
+    """Keys and values of prompts, stored between calls that need no gradients, one entry for each prompt.
 
     An entry is dropped when anything that it was made of is another: the prompt's values, a tensor of the backbone (by
     identity, address and version counter), dtype, device, autocast. Writing through `parameter.data` leaves no such
-    trace; `forget()` is for that. Nothing is kept while adapters of other methods are inside the backbone, whose state
+    trace; `drop()` is for that. Nothing is stored while adapters of other methods are inside the backbone, whose state
     has no version.
     """
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[str, ...], tuple[torch.Tensor, Any, States]] = {}
+        self._entries: dict[tuple[str, ...], tuple[torch.Tensor, Any, States]] = {}
 
     def find(self, stack: nn.Module, names: tuple[str, ...], vectors: torch.Tensor) -> Optional[States]:
         """Returns the states of a prompt if they are still those of `vectors`, (1, V, H)."""
-        kept = self._kept.get(names)
-        if kept is None:
+        entry = self._entries.get(names)
+        if entry is None:
             return None
-        of_vectors, fingerprint, states = kept
+        of_vectors, fingerprint, states = entry
         is_same = of_vectors.shape == vectors.shape and of_vectors.dtype == vectors.dtype
         if (
             is_same
@@ -176,29 +176,29 @@ class KeptStates:
             and _is_same(fingerprint, _fingerprint(stack, vectors.device))
         ):
             return states
-        self._kept.pop(names, None)
+        self._entries.pop(names, None)
         return None
 
-    def keep(self, stack: nn.Module, names: tuple[str, ...], vectors: torch.Tensor, states: States) -> None:
-        """Keeps the states that were computed from `vectors`, (1, V, H)."""
+    def store(self, stack: nn.Module, names: tuple[str, ...], vectors: torch.Tensor, states: States) -> None:
+        """Stores the states that were computed from `vectors`, (1, V, H)."""
         fingerprint = _fingerprint(stack, vectors.device)
         if fingerprint is None:
             return
-        self._kept[names] = vectors.clone(), fingerprint, states
-        for oldest in list(self._kept)[:-KEPT_ADAPTERS]:
-            self._kept.pop(oldest, None)
+        self._entries[names] = vectors.clone(), fingerprint, states
+        for oldest in list(self._entries)[:-MAX_STORED]:
+            self._entries.pop(oldest, None)
 
-    def forget(self, adapter_name: Optional[str] = None) -> None:
+    def drop(self, adapter_name: Optional[str] = None) -> None:
         """Drops the entries that an adapter is part of, or all."""
-        for names in list(self._kept):
+        for names in list(self._entries):
             if adapter_name is None or adapter_name in names:
-                self._kept.pop(names, None)
+                self._entries.pop(names, None)
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._entries)
 
     def __reduce__(self) -> tuple:
-        return KeptStates, ()  # copies and pickles of a model begin with none
+        return StoredStates, ()  # copies and pickles of a model begin with none
 
 
 def _fingerprint(stack: nn.Module, device: torch.device) -> Optional[list[tuple]]:

@@ -16,7 +16,7 @@ from transformers import Cache
 
 from ..backbone import PER_TOKEN_FILLS, UNTOUCHED_INPUTS, Backbone, pool
 from ..prompts.prompt import Prompt
-from .cache import hold_prompt, is_static, whole_view
+from .cache import full_view, is_static, note_prompt
 from .call import Call, leading_padding
 from .layout import Layout
 
@@ -63,15 +63,15 @@ def begin(
         # first position (2 for RoBERTa).
         is_told = call.backbone.is_causal and call.given_positions is not None
         widened["position_ids"] = layout.positions(positions, 0 if is_told else call.backbone.first_position)
-    memory = Prompt(prompt.names, prompt.length)
+    cached_prompt = Prompt(prompt.names, prompt.length)
     if call.cache is not None:
-        hold_prompt(call.cache, memory)
-        widened[call.backbone.cache_name] = whole_view(call.cache)
+        note_prompt(call.cache, cached_prompt)
+        widened[call.backbone.cache_name] = full_view(call.cache)
     output = forward(**call.arguments(**widened))
-    return output if call.backbone.decoder is not None else _trim(stack, call, layout, memory, output)
+    return output if call.backbone.decoder is not None else _trim(stack, call, layout, cached_prompt, output)
 
 
-def _trim(stack: nn.Module, call: Call, layout: Layout, memory: Prompt, output: Any) -> Any:
+def _trim(stack: nn.Module, call: Call, layout: Layout, cached_prompt: Prompt, output: Any) -> Any:
     """Takes the prompt's positions off the outputs of a backbone, and tells their caches of the prompt."""
     total = layout.length + layout.text
     if output[0].shape[1] != total:
@@ -84,7 +84,7 @@ def _trim(stack: nn.Module, call: Call, layout: Layout, memory: Prompt, output: 
     trimmed = list(output) if is_tuple else output
     for key in range(len(output)) if is_tuple else list(output):
         if isinstance(trimmed[key], Cache):
-            hold_prompt(trimmed[key], memory)
+            note_prompt(trimmed[key], cached_prompt)
         elif key == pooled and trimmed[key] is not None:
             trimmed[key] = pool(stack, trimmed[0])  # of the text, which comes first and is trimmed by now
         else:
@@ -104,26 +104,26 @@ def go_on(forward: Callable, call: Call, why_in_row: Callable[[], Optional[str]]
         ValueError: An input has no rule for a prompt in the row, or the text is too long.
     """
     _check(call, why_in_row)
-    memory, text = call.memory, call.tokens.shape[1]
-    call.check_lengths(call.past - memory.length, memory.length, call.mask)
+    prompt, text = call.cached_prompt, call.tokens.shape[1]
+    call.check_lengths(call.past - prompt.length, prompt.length, call.mask)
     widened = {}
     if call.mask is not None:
-        widened["attention_mask"] = widen_mask(call.backbone, call.mask, memory.length)
+        widened["attention_mask"] = widen_mask(call.backbone, call.mask, prompt.length)
     if (positions := call.positions()) is not None:
-        widened["position_ids"] = positions[..., -text:] + memory.length
+        widened["position_ids"] = positions[..., -text:] + prompt.length
     output = forward(**call.arguments(**widened))
     for value in output if isinstance(output, tuple) else output.values():
         if isinstance(value, Cache):
-            hold_prompt(value, memory)
+            note_prompt(value, prompt)
     return output
 
 
-def widen_memory_mask(backbone: Backbone, decoder: nn.Module, args: tuple, kwargs: dict) -> Optional[tuple]:
+def widen_encoder_mask(backbone: Backbone, decoder: nn.Module, args: tuple, kwargs: dict) -> Optional[tuple]:
     """Forward pre-hook of a decoder: lets it see the prompt in what its encoder hands over."""
-    memory, mask = kwargs.get("encoder_hidden_states"), kwargs.get("encoder_attention_mask")
-    if memory is None or mask is None or memory.shape[1] <= mask.shape[1]:
+    hidden_states, mask = kwargs.get("encoder_hidden_states"), kwargs.get("encoder_attention_mask")
+    if hidden_states is None or mask is None or hidden_states.shape[1] <= mask.shape[1]:
         return None
-    widened = widen_mask(backbone, mask, memory.shape[1] - mask.shape[1])
+    widened = widen_mask(backbone, mask, hidden_states.shape[1] - mask.shape[1])
     return args, {**kwargs, "encoder_attention_mask": widened}
 
 

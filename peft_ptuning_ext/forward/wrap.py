@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Begin here: the backbone's `forward` is wrapped, and `run` is what becomes of one call.
 
-The wrapped `forward` takes everything from the module that it is called on, and `run` keeps nothing between calls. So
+The wrapped `forward` takes everything from the module that it is called on, and `run` itself stores nothing. So
 a copied, pickled or replicated model, and several threads on one model, are right.
 """
 
@@ -23,7 +23,7 @@ from ..prompts.layer import PTuningLayer
 from . import in_attention, in_row
 from .attention import adapt_attention, restore_attention
 from .call import Call
-from .in_attention import KeptStates, NotRecorded
+from .in_attention import NotRecorded, StoredStates
 
 
 @dataclass
@@ -32,14 +32,14 @@ class Attachment:
 
     Args:
         backbone ([`Backbone`]): Facts about it.
-        kept ([`KeptStates`]): Keys and values of prompts, kept between calls without gradients.
+        states ([`StoredStates`]): Keys and values of prompts, stored between calls without gradients.
         not_recorded (`str`, *optional*): Why keys and values can't be computed apart, as a first pass has shown.
         decoder_hook (`RemovableHandle`, *optional*): The hook on the decoder that attends to this backbone.
         own_forward (`Callable`, *optional*): A `forward` that the module itself had, rather than its class.
     """
 
     backbone: Backbone
-    kept: KeptStates = field(default_factory=KeptStates)
+    states: StoredStates = field(default_factory=StoredStates)
     not_recorded: Optional[str] = None
     decoder_hook: Optional[RemovableHandle] = None
     own_forward: Optional[Callable] = None
@@ -57,19 +57,19 @@ def run(stack: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
     layer = layer_of(stack)
     names = layer.prompt_names
     call = Call.read(stack, attachment.backbone, args, kwargs)
-    call.check_memory(names)
+    call.check_cache(names)
     if not names or call.tokens is None:  # the model has its own error for no text, and for two
         return forward(**call.given)
     call.check_names()
-    if call.memory is not None:
-        if call.memory.states is None:
+    if call.cached_prompt is not None:
+        if call.cached_prompt.states is None:
             return in_row.go_on(forward, call, functools.partial(why_in_row, stack))
         if not in_attention.takes_prompt(stack):
             raise ValueError(
                 "The cache was filled behind a shared prompt, and the attention implementation was then changed to "
                 f"{stack.config._attn_implementation!r}, which does not see it. Begin with an empty cache."
             )
-        return in_attention.run(forward, call, call.memory)
+        return in_attention.run(forward, call, call.cached_prompt)
     is_in_attention = call.is_worth_a_pass and why_in_row(stack) is None
     prompt = layer.choose(names, call.tokens.dtype if call.is_embedded else layer.dtype or stack.dtype)
     if is_in_attention:
@@ -117,7 +117,7 @@ def attach(model: nn.Module, backbone: Backbone) -> None:
             setattr(stack, name, MethodType(wrapped.forward, stack))
         stack.__class__ = wrapped
         if decoder is not None:
-            hook = functools.partial(in_row.widen_memory_mask, backbone)
+            hook = functools.partial(in_row.widen_encoder_mask, backbone)
             attachment.decoder_hook = decoder.register_forward_pre_hook(hook, with_kwargs=True)
         if backbone.not_in_attention is None and backbone.not_recorded is None:
             adapt_attention(stack)

@@ -18,7 +18,7 @@ from transformers import DynamicCache
 
 from peft_ptuning_ext import PTuningConfig
 from peft_ptuning_ext.forward import attention
-from peft_ptuning_ext.forward.in_attention import KEPT_ADAPTERS
+from peft_ptuning_ext.forward.in_attention import MAX_STORED
 from peft_ptuning_ext.prompts.prompt import Prompt
 
 
@@ -47,7 +47,7 @@ def concatenating(model: PeftModel) -> PeftModel:
 
 
 def kept(model: PeftModel) -> int:
-    return len(stack_of(model).ptuning.kept)
+    return len(stack_of(model).ptuning.states)
 
 
 def watch(model: PeftModel) -> list[tuple[int, int]]:
@@ -230,11 +230,11 @@ def test_adapters_have_their_own_and_take_it_with_them() -> None:
     model.add_adapter("default", PTuningConfig(num_virtual_tokens=V, task_type="CAUSAL_LM"))
     model.set_adapter("default")
     assert not torch.allclose(model(**batch).logits, outputs["default"])
-    for number in range(KEPT_ADAPTERS):
+    for number in range(MAX_STORED):
         model.add_adapter(f"{number}", PTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
         model.set_adapter(f"{number}")
         model(**batch)
-    assert kept(model) == KEPT_ADAPTERS
+    assert kept(model) == MAX_STORED
 
 
 def test_inference_mode_leaves_nothing_that_training_could_trip_over() -> None:
