@@ -2,11 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention to a prompt that all rows share and to each row's own text, without a copy of the prompt for each row.
 
-Attention to the keys of two parts is the mean of the attention to each, weighted by its share of the softmax's
-denominator. So all rows' queries attend to the prompt as one long row, each row's to its text as they would without a
-prompt, and the log-sum-exps of both say how to mix (the forward of Hydragen, Juravsky et al., 2024, arXiv 2402.05099,
-section 3.1). With the log-sum-exp and the output of the whole in their place, the same kernels' backward passes give
-each part's share of the gradients: both enter a kernel's backward only through the softmax's weights and row sums.
+Forward: attention to the keys of two parts is the mean of the attention to each part, weighted by the part's share of
+the softmax's denominator. The queries of all rows attend to the prompt as one long row. The queries of each row attend
+to its text as without a prompt. The log-sum-exps of both give the weights (Hydragen, Juravsky et al., 2024, arXiv
+2402.05099, section 3.1).
+
+Backward: each part's kernel is called with the output and the log-sum-exp of the whole attention. The kernels use these
+two only to rebuild the softmax's weights, so each call returns exactly its part of the gradient.
 
 The kernels are those of `scaled_dot_product_attention` on the CPU, which do not return a log-sum-exp under any public
 name. Where torch has them no longer, [`can_merge`] says no, and the prompt's keys and values are concatenated.

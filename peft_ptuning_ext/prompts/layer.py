@@ -198,8 +198,8 @@ def execution_device(module: nn.Module) -> Optional[int | str | torch.device]:
 def _gather(parameter: DTensor) -> torch.Tensor:
     """The whole of a sharded parameter (FSDP2), whose gradient is the mean of the processes'.
 
-    FSDP gathers a module's parameters when the module is called, and the embedding, to which an encoder belongs, is
-    called too late for the prompt.
+    FSDP2 gathers the encoder's parameters when the embedding layer runs. The prompt is needed before that, so they are
+    gathered here.
     """
     return parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
 
