@@ -7,8 +7,8 @@ the softmax's denominator. The queries of all rows attend to the prompt as one l
 to its text as without a prompt. The log-sum-exps of both give the weights (Hydragen, Juravsky et al., 2024, arXiv
 2402.05099, section 3.1).
 
-Backward: each part's kernel is called with the output and the log-sum-exp of the whole attention. The kernels use these
-two only to rebuild the softmax's weights, so each call returns exactly its part of the gradient.
+Backward: each part's kernel is called with the output and the log-sum-exp of the whole attention. The kernels use
+these two only to rebuild the softmax's weights, so each call returns exactly its part of the gradient.
 
 The kernels are those of `scaled_dot_product_attention` on the CPU, which do not return a log-sum-exp under any public
 name. Where torch has them no longer, [`can_merge`] says no, and the prompt's keys and values are concatenated.
