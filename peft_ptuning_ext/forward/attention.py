@@ -79,12 +79,8 @@ class InFront:
             mask = torch.ones(self.queries, tokens, dtype=torch.bool, device=key.device).tril()[None, None, -queries:]
         copied = key.numel() + len(key) * prompt_key.numel()
         is_small = queries == 1 and copied <= SMALL and not torch.is_grad_enabled()
-        if (
-            attention is sdpa_attention_forward
-            and window is None
-            and not is_small
-            and can_merge(query, key, value, kwargs)
-        ):
+        can = attention is sdpa_attention_forward and window is None and not is_small
+        if can and can_merge(query, key, value, kwargs):
             return merged_attention(query, key, value, prompt_key, prompt_value, mask, kwargs.get("scaling")), None
         if len(key) > 1:
             prompt_key, prompt_value = (t.expand(len(key), -1, -1, -1) for t in (prompt_key, prompt_value))

@@ -126,6 +126,8 @@ def with_states(stack: PreTrainedModel, forward: Callable, prompt: Prompt) -> Pr
         return Prompt(prompt.names, prompt.length, states=states)
     states = _record(stack.config, forward, vectors)
     if is_stored:
+        # Values come as transposed views. Each further call would read them out of order.
+        states = {layer: (key.contiguous(), value.contiguous()) for layer, (key, value) in states.items()}
         stored.store(stack, prompt.names, vectors, states)
     return Prompt(prompt.names, prompt.length, states=states)
 

@@ -9,6 +9,7 @@ a copied, pickled or replicated model, and several threads on one model, are rig
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import MethodType
@@ -93,7 +94,7 @@ def why_in_row(stack: nn.Module) -> Optional[str]:
 
 def layer_of(stack: nn.Module) -> PTuningLayer:
     """Returns the tuner layer of a backbone that prompts are attached to."""
-    layer = stack.get_submodule(stack.ptuning.backbone.embedding)
+    layer = operator.attrgetter(stack.ptuning.backbone.embedding)(stack)
     if not isinstance(layer, PTuningLayer):
         raise ValueError(
             f"The input embedding of {type(stack).__name__} was replaced after the P-tuning adapter was added. "
