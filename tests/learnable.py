@@ -6,17 +6,18 @@ from __future__ import annotations
 
 import torch
 from families import make_model
+from making import ON_CPU, make_arguments, make_config
 from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
-
-from peft_ptuning_ext import PTuningConfig
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 
 S = 8
 V = 4
 TASK_OF = {"BERT": "SEQ_CLS", "Llama": "CAUSAL_LM"}
 WITHOUT_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+SETTINGS = ON_CPU | {"learning_rate": 1e-2, "save_strategy": "no"}
+SETTINGS["logging_nan_inf_filter"] = False  # it would log a loss that is not a number as 0
 
 
 def make_rows(task: str, size: int) -> list[dict]:
@@ -41,18 +42,16 @@ def make_base(family: str, dtype: torch.dtype = torch.float32, **overrides) -> P
     return make_model(family, TASK_OF[family], **overrides).to(dtype)
 
 
-def add_prompt(base: PreTrainedModel, task: str, **kwargs) -> PeftModel:
+def add_prompt(base: PreTrainedModel, task: str, length: int = V, **options) -> PeftModel:
     """The model with a new prompt, the same at every call."""
     torch.manual_seed(0)
-    return get_peft_model(base, PTuningConfig(num_virtual_tokens=V, task_type=task, **kwargs))
+    return get_peft_model(base, make_config(task, length, **options))
 
 
-def make_trainer(model: PeftModel, folder, callbacks: tuple[TrainerCallback, ...] = (), **arguments) -> Trainer:
+def make_learner(model: PeftModel, folder, callbacks: tuple[TrainerCallback, ...] = (), **arguments) -> Trainer:
     """A Trainer on the CPU that logs the loss of every step and sees no text twice."""
-    defaults = {"per_device_train_batch_size": 16, "learning_rate": 1e-2, "max_steps": 4, "save_strategy": "no"}
-    settings = {"logging_steps": 1, "report_to": [], "disable_tqdm": True, "dataloader_pin_memory": False}
-    settings["logging_nan_inf_filter"] = False  # it would log a loss that is not a number as 0
-    arguments = TrainingArguments(folder, use_cpu=True, **settings, **{**defaults, **arguments})
+    defaults = {"per_device_train_batch_size": 16, "max_steps": 4}
+    arguments = make_arguments(folder, **{**SETTINGS, **defaults, **arguments})
     size = arguments.max_steps * arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
     return Trainer(
         model=model,

@@ -10,12 +10,13 @@ import warnings
 import pytest
 import torch
 from families import VOCABULARY, make_model
+from making import make_adapted, make_arguments, make_config
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments, default_data_collator
+from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, default_data_collator
 from transformers.integrations.neftune import activate_neftune
 
-from peft_ptuning_ext import PromptMonitor, PTuningConfig, to_prompt_embeds
+from peft_ptuning_ext import PromptMonitor, to_prompt_embeds
 
 
 V = 4
@@ -34,13 +35,12 @@ def make_data(task: str = "SEQ_CLS", size: int = 32) -> list[dict]:
     return rows
 
 
-def make_trainer(folder, family="BERT", task="SEQ_CLS", config=None, data=None, dropout=None, **kwargs) -> Trainer:
-    torch.manual_seed(0)
-    config = config or PTuningConfig(task_type=task, num_virtual_tokens=V)
-    model = get_peft_model(make_model(family, task, **({} if dropout is None else dropout)), config)
-    options = {"learning_rate": 1e-2, "max_steps": 6, "logging_steps": 2, "disable_tqdm": True, "use_cpu": True}
-    arguments = TrainingArguments(folder, **{**options, **kwargs}, dataloader_pin_memory=False, label_names=["labels"])
-    return Trainer(model, arguments, train_dataset=data or make_data(task))
+def make_short_run(folder, model: PeftModel | None = None, data=None, **arguments) -> Trainer:
+    """A Trainer of a few steps that logs every other one; a prompt on a BERT classifier if there is no model."""
+    model = model or make_adapted("BERT", "SEQ_CLS", length=V)
+    defaults = {"learning_rate": 1e-2, "max_steps": 6, "logging_steps": 2, "label_names": ["labels"]}
+    data = data or make_data(model.peft_config["default"].task_type)
+    return Trainer(model, make_arguments(folder, **{**defaults, **arguments}), train_dataset=data)
 
 
 def logged(trainer: Trainer) -> list[dict]:
@@ -49,8 +49,8 @@ def logged(trainer: Trainer) -> list[dict]:
 
 @pytest.mark.parametrize(("family", "task"), [("BERT", "SEQ_CLS"), ("Llama", "CAUSAL_LM"), ("BERT", "TOKEN_CLS")])
 def test_values_are_those_computed_by_hand(family, task, tmp_path) -> None:
-    trainer = make_trainer(tmp_path, family, task, max_grad_norm=0, lr_scheduler_type="constant")
-    model = trainer.model
+    model = make_adapted(family, task, length=V)
+    trainer = make_short_run(tmp_path, model, max_grad_norm=0, lr_scheduler_type="constant")
     start = model.prompt_embeddings().detach().clone()
     norms = []
 
@@ -94,7 +94,7 @@ def test_padding_is_left_out_of_the_effect(tmp_path) -> None:
                 row["input_ids"] = torch.cat([row["input_ids"], torch.zeros(5, dtype=torch.long)])
                 row["attention_mask"] = torch.cat([row["attention_mask"], torch.zeros(5, dtype=torch.long)])
                 row["labels"] = torch.cat([row["labels"], torch.full((5,), -100)])
-        trainer = make_trainer(tmp_path, "BERT", "TOKEN_CLS", data=data, learning_rate=0.0)
+        trainer = make_short_run(tmp_path, make_adapted("BERT", "TOKEN_CLS", length=V), data, learning_rate=0.0)
         trainer.add_callback(PromptMonitor())
         trainer.train()
         effects.append([entry["prompt_effect"] for entry in logged(trainer)])
@@ -111,8 +111,8 @@ def test_watching_changes_nothing(encoder, tmp_path) -> None:
     dropout = {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2}
     runs = []
     for watched in (False, True):
-        config = PTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=V, encoder_reparameterization_type=encoder)
-        trainer = make_trainer(tmp_path, config=config, dropout=dropout, logging_steps=1)
+        model = make_adapted("BERT", "SEQ_CLS", dropout, length=V, encoder_reparameterization_type=encoder)
+        trainer = make_short_run(tmp_path, model, logging_steps=1)
         trainer.data_collator = collate_with_a_draw
         if watched:
             PromptMonitor.watch(trainer)
@@ -130,7 +130,7 @@ def test_reporters_get_the_values_of_a_monitor_that_watches(tmp_path) -> None:
         def on_log(self, args, state, control, logs, **kwargs):
             seen.append(set(logs))
 
-    trainer = make_trainer(tmp_path)
+    trainer = make_short_run(tmp_path)
     trainer.add_callback(Reporter())
     PromptMonitor.watch(trainer)
     trainer.train()
@@ -139,8 +139,8 @@ def test_reporters_get_the_values_of_a_monitor_that_watches(tmp_path) -> None:
 
 
 def test_gradient_of_a_network_is_that_of_its_parameters(tmp_path) -> None:
-    config = PTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=V, encoder_reparameterization_type="LSTM")
-    trainer = make_trainer(tmp_path, config=config)
+    model = make_adapted("BERT", "SEQ_CLS", length=V, encoder_reparameterization_type="LSTM")
+    trainer = make_short_run(tmp_path, model)
     PromptMonitor.watch(trainer)
     trainer.train()
     assert all(entry["prompt_grad_norm"] > 0 for entry in logged(trainer))
@@ -151,7 +151,7 @@ def test_data_that_can_not_be_indexed_has_no_effect_logged(tmp_path) -> None:
         def __iter__(self):
             return iter(make_data())
 
-    trainer = make_trainer(tmp_path, data=Stream())
+    trainer = make_short_run(tmp_path, data=Stream())
     PromptMonitor.watch(trainer)
     trainer.train()
     assert all(entry.keys() & VALUES == VALUES - {"prompt_effect"} for entry in logged(trainer))
@@ -162,7 +162,7 @@ def test_a_batch_that_the_model_does_not_take_has_no_effect_logged(tmp_path) -> 
         def compute_loss(self, model, inputs, *args, **kwargs):
             return model(input_ids=inputs["left"] + inputs["right"], labels=inputs["labels"]).loss
 
-    plain = make_trainer(tmp_path, remove_unused_columns=False)
+    plain = make_short_run(tmp_path, remove_unused_columns=False)
     data = [{"left": row["input_ids"], "right": 0 * row["input_ids"], "labels": row["labels"]} for row in make_data()]
     trainer = OwnLoss(plain.model, plain.args, train_dataset=data)
     PromptMonitor.watch(trainer)
@@ -185,7 +185,7 @@ def test_gradients_that_are_kept_elsewhere_are_not_missed(tmp_path) -> None:
             for parameter in model.parameters():
                 parameter.grad = gradients[parameter]
 
-    trainer = make_trainer(tmp_path, max_steps=24, learning_rate=3e-2)
+    trainer = make_short_run(tmp_path, max_steps=24, learning_rate=3e-2)
     trainer.add_callback(GiveBack())
     PromptMonitor.watch(trainer, patience=4)
     trainer.callback_handler.callbacks.insert(0, Take())
@@ -216,7 +216,7 @@ def with_not_a_number(trainer: Trainer) -> None:
     ],
 )
 def test_a_prompt_that_does_not_learn_is_told_once(change, arguments, symptom, tmp_path) -> None:
-    trainer = make_trainer(tmp_path, max_steps=24, lr_scheduler_type="constant_with_warmup", **arguments)
+    trainer = make_short_run(tmp_path, max_steps=24, lr_scheduler_type="constant_with_warmup", **arguments)
     if change:
         change(trainer)
     PromptMonitor.watch(trainer, patience=12)
@@ -230,8 +230,8 @@ def test_a_prompt_that_does_not_learn_is_told_once(change, arguments, symptom, t
 
 
 def test_a_frozen_prompt_is_told_before_the_first_step(tmp_path) -> None:
-    make_trainer(tmp_path).model.save_pretrained(tmp_path / "adapter")
-    trainer = make_trainer(tmp_path, max_steps=6)
+    make_short_run(tmp_path).model.save_pretrained(tmp_path / "adapter")
+    trainer = make_short_run(tmp_path, max_steps=6)
     trainer.model = PeftModel.from_pretrained(make_model("BERT", "SEQ_CLS"), tmp_path / "adapter")
     trainer.model.enable_input_require_grads()  # as trainers do that checkpoint: the backward pass then finds a path
     steps = []
@@ -255,7 +255,7 @@ def test_a_frozen_prompt_is_told_before_the_first_step(tmp_path) -> None:
 
 
 def test_outputs_like_the_bases_are_told(tmp_path, monkeypatch) -> None:
-    trainer = make_trainer(tmp_path)
+    trainer = make_short_run(tmp_path)
     # No tiny model learns from a prompt that it does not see, so the effect is given.
     monkeypatch.setattr("peft_ptuning_ext.monitor._effect", lambda *args: 1e-5)
     PromptMonitor.watch(trainer, patience=4)
@@ -264,7 +264,7 @@ def test_outputs_like_the_bases_are_told(tmp_path, monkeypatch) -> None:
 
 
 def test_a_prompt_that_learns_is_left_in_peace(tmp_path) -> None:
-    trainer = make_trainer(tmp_path, max_steps=40, learning_rate=3e-2)
+    trainer = make_short_run(tmp_path, max_steps=40, learning_rate=3e-2)
     PromptMonitor.watch(trainer, patience=10)
     trainer.train()
     losses = [entry["loss"] for entry in logged(trainer)]
@@ -278,7 +278,7 @@ def test_values_out_of_range(arguments) -> None:
 
 
 def test_there_has_to_be_a_prompt(tmp_path) -> None:
-    trainer = make_trainer(tmp_path, config=LoraConfig(task_type="SEQ_CLS"))
+    trainer = make_short_run(tmp_path, get_peft_model(make_model("BERT", "SEQ_CLS"), LoraConfig(task_type="SEQ_CLS")))
     PromptMonitor.watch(trainer)
     with pytest.raises(ValueError, match="watches a P-tuning adapter, and PeftModel.* has no active one"):
         trainer.train()
@@ -292,14 +292,8 @@ def _tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.mark.parametrize(("family", "task"), [("BERT", "SEQ_CLS"), ("Gemma 2", "CAUSAL_LM"), ("T5", "SEQ_2_SEQ_LM")])
 def test_nearest_tokens_are_those_a_prompt_starts_at(family, task, tokenizer) -> None:
-    config = PTuningConfig(
-        task_type=task,
-        num_virtual_tokens=3,
-        prompt_tuning_init="TEXT",
-        prompt_tuning_init_text="w7",
-        tokenizer_name_or_path=tokenizer,
-    )
-    model = get_peft_model(make_model(family, task), config)
+    start = {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "w7", "tokenizer_name_or_path": tokenizer}
+    model = make_adapted(family, task, length=3, **start)
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.shape == (3, 32):
             parameter.data *= torch.tensor([[1.0], [5.0], [-1.0]])  # the length is not what counts, the direction is
@@ -315,7 +309,7 @@ def test_nearest_tokens_are_those_a_prompt_starts_at(family, task, tokenizer) ->
 @pytest.mark.parametrize("around", [True, False])
 def test_noise_on_the_embedding_stays_out_of_nearest_tokens_and_starts(around, tokenizer) -> None:
     """NEFTune's hook expects (B, S, H); it stands around the tuner layer, or on an embedding that is wrapped later."""
-    config = PTuningConfig(num_virtual_tokens=V, prompt_tuning_init="SAMPLE_VOCAB")
+    config = make_config(length=V, prompt_tuning_init="SAMPLE_VOCAB")
     base = make_model("Gemma 3", "CAUSAL_LM")  # its embedding multiplies, which is no noise
     table = base.get_input_embeddings()(torch.arange(VOCABULARY)).detach()
     if not around:
@@ -338,8 +332,8 @@ def test_noise_on_the_embedding_stays_out_of_nearest_tokens_and_starts(around, t
 
 
 def test_nearest_tokens_of_another_adapter(tokenizer) -> None:
-    model = get_peft_model(make_model("BERT", "SEQ_CLS"), PTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=2))
-    model.add_adapter("other", PTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3))
+    model = make_adapted("BERT", "SEQ_CLS", length=2)
+    model.add_adapter("other", make_config("SEQ_CLS", 3))
     named = model.nearest_tokens(tokenizer, 2, adapter_name="other")
     assert len(named) == 3
     model.set_adapter("other")

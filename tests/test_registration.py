@@ -15,17 +15,14 @@ import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from families import make_model
+from making import make_config
 from peft import AutoPeftModelForSequenceClassification, PeftModel, get_peft_model, inject_adapter_in_model
-from reference import V, main_output, make_batch
+from reference import main_output, make_batch
 from sentence_transformers import SentenceTransformer
 from transformers import BertTokenizer
 
 import peft_ptuning_ext
 from peft_ptuning_ext import PTuningConfig, PTuningModel
-
-
-def make_config(**kwargs) -> PTuningConfig:
-    return PTuningConfig(num_virtual_tokens=V, **kwargs)
 
 
 def _in_a_worker(connection) -> None:
@@ -86,7 +83,7 @@ def test_importing_has_no_other_effect() -> None:
 def test_auto_classes_find_the_method(tmp_path) -> None:
     make_model("BERT", "SEQ_CLS").save_pretrained(tmp_path / "base")
     base = type(make_model("BERT", "SEQ_CLS")).from_pretrained(tmp_path / "base").eval()
-    model = get_peft_model(base, make_config(task_type="SEQ_CLS")).eval()
+    model = get_peft_model(base, make_config("SEQ_CLS")).eval()
     model.save_pretrained(tmp_path / "adapter")
     batch = make_batch("BERT", "SEQ_CLS")
     loaded = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter").eval()
@@ -109,7 +106,7 @@ def test_transformers_own_adapter_methods(family, task, tmp_path) -> None:
     model.disable_adapters()
     assert torch.equal(main_output(model(**batch)), expected)
     model.enable_adapters()
-    model.add_adapter(PTuningConfig(num_virtual_tokens=3), "second")
+    model.add_adapter(make_config(length=3), "second")
     assert not torch.allclose(main_output(model(**batch)), enabled)
     model.set_adapter("default")
     assert torch.equal(main_output(model(**batch)), enabled)
@@ -171,7 +168,7 @@ def test_sentence_transformers_pools_the_users_tokens(tmp_path) -> None:
     texts = ["a", "a b b a"]
     plain = SentenceTransformer(str(tmp_path), device="cpu")
     before = plain.encode(texts, convert_to_tensor=True)
-    plain.add_adapter(make_config(task_type="FEATURE_EXTRACTION"))
+    plain.add_adapter(make_config("FEATURE_EXTRACTION"))
     embedded = plain.eval().encode(texts, convert_to_tensor=True)
     assert not torch.allclose(embedded, before)
     batch = plain.tokenizer(texts, padding=True, return_tensors="pt")

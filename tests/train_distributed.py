@@ -17,12 +17,13 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType
-from families import make_model
-from peft import PeftModel, get_peft_model
+from learnable import TASK_OF, add_prompt, make_base
+from making import make_arguments
+from peft import PeftModel
 from torch.distributed.tensor import DTensor
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
-from peft_ptuning_ext import PromptMonitor, PTuningConfig, make_model_card
+from peft_ptuning_ext import PromptMonitor, make_model_card
 
 
 STEPS = 4
@@ -30,22 +31,12 @@ BATCH = 8  # of all processes together
 WATCHED = ["prompt_norm", "prompt_grad_norm", "prompt_shift", "prompt_effect"]
 DEADLINE = 150  # seconds
 
-CASES = {
-    "Llama": ("CAUSAL_LM", {}, "NONE"),
-    "BERT": ("SEQ_CLS", {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}, "LSTM"),
-}
+ENCODER_OF = {"Llama": "NONE", "BERT": "LSTM"}
 
 
-def make_base(family: str) -> torch.nn.Module:
-    task, overrides, _ = CASES[family]
-    return make_model(family, task, **overrides)
-
-
-def make_adapted(family: str) -> PeftModel:
-    task, _, encoder = CASES[family]
-    torch.manual_seed(0)
-    config = PTuningConfig(num_virtual_tokens=5, task_type=task, encoder_reparameterization_type=encoder)
-    return get_peft_model(make_base(family), config)
+def make_prompted(family: str) -> PeftModel:
+    encoder = ENCODER_OF[family]
+    return add_prompt(make_base(family), TASK_OF[family], length=5, encoder_reparameterization_type=encoder)
 
 
 def make_rows(family: str, size: int, seed: int) -> list[dict]:
@@ -72,7 +63,7 @@ def is_sharded(model: torch.nn.Module) -> bool:
 def train_by_hand(family: str, folder: Path) -> dict:
     """Trains with Accelerator alone, each process on its part of every batch, and saves the adapter."""
     accelerator = Accelerator(cpu=True)
-    adapted = make_adapted(family)
+    adapted = make_prompted(family)
     optimizer = torch.optim.SGD((p for p in adapted.parameters() if p.requires_grad), lr=0.1)
     model, optimizer = accelerator.prepare(adapted.train(), optimizer)
     route, gradients = adapted.prompt_route, []
@@ -102,21 +93,16 @@ def train_by_hand(family: str, folder: Path) -> dict:
 
 def train_with_trainer(family: str, folder: Path) -> dict:
     """Trains with Trainer, which shuffles the rows and deals every batch out, and saves the adapter."""
-    adapted = make_adapted(family)
-    arguments = TrainingArguments(
+    adapted = make_prompted(family)
+    arguments = make_arguments(
         folder,
         per_device_train_batch_size=BATCH // PartialState().num_processes,
         per_device_eval_batch_size=4,
         max_steps=STEPS,
         optim="sgd",
         learning_rate=0.1,
-        logging_steps=1,
         save_strategy="no",
         label_names=["labels"],
-        report_to=[],
-        disable_tqdm=True,
-        use_cpu=True,
-        dataloader_pin_memory=False,
         ddp_find_unused_parameters=False,
         # Trainer multiplies a loss by the number of processes where it takes it for one that it has told the number of
         # all processes' tokens, which a classifier's is not.

@@ -16,12 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from families import make_model
-from peft import PeftModel, get_peft_model
+from making import make_adapted, make_arguments
+from peft import PeftModel
 from shared.resuming import last_whole_checkpoint
-from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
-
-from peft_ptuning_ext import PTuningConfig
+from transformers import Trainer, TrainerCallback, TrainerState
 
 
 STEPS = 8
@@ -40,28 +38,14 @@ def make_data(size: int, seed: int) -> list[dict]:
     return rows
 
 
-def make_trainer(folder: Path, family: str = "BERT", encoder: str = "MLP", dropout: float = 0.0, **kwargs) -> Trainer:
-    torch.manual_seed(0)
-    config = PTuningConfig(
-        num_virtual_tokens=4,
-        task_type="SEQ_CLS",
-        encoder_reparameterization_type=encoder,
-        encoder_dropout=dropout,
-    )
-    arguments = TrainingArguments(
-        folder,
-        per_device_train_batch_size=16,
-        learning_rate=1e-2,
-        logging_steps=1,
-        report_to=[],
-        disable_tqdm=True,
-        use_cpu=True,
-        dataloader_pin_memory=False,
-        **kwargs,
-    )
+def make_classifier(
+    folder: Path, family: str = "BERT", encoder: str = "MLP", dropout: float = 0.0, **arguments
+) -> Trainer:
+    """A Trainer of a classifier, with texts to learn and others to evaluate."""
+    options = {"encoder_reparameterization_type": encoder, "encoder_dropout": dropout}
     return Trainer(
-        model=get_peft_model(make_model(family, "SEQ_CLS"), config),
-        args=arguments,
+        model=make_adapted(family, "SEQ_CLS", length=4, **options),
+        args=make_arguments(folder, per_device_train_batch_size=16, learning_rate=1e-2, **arguments),
         train_dataset=make_data(80, 1),
         eval_dataset=make_data(64, 2),
         compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())},
@@ -90,9 +74,9 @@ class Run:
     def name(self) -> str:
         return f"{self.family}-{self.encoder}-{self.killed_in or 'ended'}"
 
-    def make_trainer(self, folder: Path) -> Trainer:
+    def trainer(self, folder: Path) -> Trainer:
         arguments = {"max_steps": STEPS, "save_steps": SAVE_STEPS}
-        return make_trainer(folder / self.name, self.family, self.encoder, self.dropout, **arguments)
+        return make_classifier(folder / self.name, self.family, self.encoder, self.dropout, **arguments)
 
 
 RUNS = [
@@ -138,7 +122,7 @@ def interrupt(run: Run, folder: Path) -> None:
         _, status = os.waitpid(child, 0)
         assert os.waitstatus_to_exitcode(status) == (0 if run.killed_in is None else -signal.SIGKILL), run
         return
-    trainer = run.make_trainer(folder)
+    trainer = run.trainer(folder)
     if run.killed_in is None:
         trainer.add_callback(End())
     else:
@@ -149,7 +133,7 @@ def interrupt(run: Run, folder: Path) -> None:
 
 def resume(run: Run, folder: Path) -> None:
     """Finishes a run and writes what came of it."""
-    trainer = run.make_trainer(folder)
+    trainer = run.trainer(folder)
     checkpoint = last_whole_checkpoint(folder / run.name)
     trainer.train(resume_from_checkpoint=True if run.killed_in is None else checkpoint)
     torch.save({**result(trainer), "checkpoint": Path(checkpoint).name}, folder / f"{run.name}.pt")

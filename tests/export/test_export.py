@@ -14,11 +14,12 @@ import pytest
 import safetensors.torch
 import torch
 from families import make_model
+from making import make_adapted, make_config
 from peft import LoraConfig, PeftModel, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from reference import V, main_output, make_batch
 from releases import CACHE
 
-from peft_ptuning_ext import PTuningConfig, export_to_peft, fold_prompt, import_from_peft, to_prompt_embeds
+from peft_ptuning_ext import export_to_peft, fold_prompt, import_from_peft, to_prompt_embeds
 
 
 NETWORKS = {
@@ -35,12 +36,9 @@ WEIGHTS = "adapter_model.safetensors"
 ROUNDS = {"rtol": 1e-5, "atol": 1e-5}  # stock PEFT concatenates, this package shares the prompt
 
 
-def make_adapted(family: str, task: str, encoder: str = "MLP", **options) -> PeftModel:
+def make_moved(family: str, task: str, encoder: str = "MLP") -> PeftModel:
     """A model whose prompt is far from where it started."""
-    config = PTuningConfig(
-        task_type=task, num_virtual_tokens=V, encoder_reparameterization_type=encoder, **NETWORKS.get(encoder, {})
-    )
-    model = get_peft_model(make_model(family, task, **options), config).eval()
+    model = make_adapted(family, task, encoder_reparameterization_type=encoder, **NETWORKS[encoder])
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "ptuning_encoders" in name:
@@ -60,7 +58,7 @@ def generate(model: PeftModel, batch: dict, **options) -> torch.Tensor:
 
 @pytest.mark.parametrize("encoder", NETWORKS)
 def test_a_folded_prompt_gives_the_same_bits(encoder, tmp_path) -> None:
-    model = make_adapted("Llama", "CAUSAL_LM", encoder)
+    model = make_moved("Llama", "CAUSAL_LM", encoder)
     batch = make_batch("Llama", "CAUSAL_LM")
     with torch.no_grad():
         expected = model(**batch).logits
@@ -86,7 +84,7 @@ def test_a_folded_prompt_gives_the_same_bits(encoder, tmp_path) -> None:
 
 
 def test_a_config_that_two_adapters_share_is_not_changed_for_both(tmp_path) -> None:
-    config = PTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=V, encoder_hidden_size=8)
+    config = make_config("SEQ_CLS", encoder_hidden_size=8)
     model = get_peft_model(make_model("BERT", "SEQ_CLS"), config)
     model.add_adapter("other", config)
     fold_prompt(model)
@@ -98,8 +96,8 @@ def test_a_config_that_two_adapters_share_is_not_changed_for_both(tmp_path) -> N
 
 
 def test_only_the_named_adapter_is_folded_and_a_frozen_one_stays_frozen() -> None:
-    model = make_adapted("BERT", "SEQ_CLS")
-    model.add_adapter("other", PTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3, encoder_hidden_size=8))
+    model = make_moved("BERT", "SEQ_CLS")
+    model.add_adapter("other", make_config("SEQ_CLS", 3, encoder_hidden_size=8))
     before = model.base_model.prompt_embeddings("other").clone()
     fold_prompt(model, "other")
     assert not model.base_model.prompt_embeddings("other").requires_grad  # "default" is the active one
@@ -118,7 +116,7 @@ def test_only_the_named_adapter_is_folded_and_a_frozen_one_stays_frozen() -> Non
 @pytest.mark.filterwarnings("ignore:Position ids are not supported")
 @pytest.mark.parametrize(("family", "task"), CELLS)
 def test_stock_peft_computes_the_same_from_an_export(family, task, tmp_path) -> None:
-    model, batch = make_adapted(family, task), unpadded(family, task)
+    model, batch = make_moved(family, task), unpadded(family, task)
     export_to_peft(model, tmp_path)
     stock = PeftModel.from_pretrained(make_model(family, task), tmp_path).eval()
     assert type(stock.peft_config["default"]) is PromptTuningConfig
@@ -137,7 +135,7 @@ def test_stock_peft_computes_the_same_from_an_export(family, task, tmp_path) -> 
 
 
 def test_an_export_loads_where_this_package_can_not_be_imported(tmp_path) -> None:
-    model, batch = make_adapted("Llama", "CAUSAL_LM"), unpadded("Llama", "CAUSAL_LM")
+    model, batch = make_moved("Llama", "CAUSAL_LM"), unpadded("Llama", "CAUSAL_LM")
     export_to_peft(model, tmp_path / "adapter")
     make_model("Llama", "CAUSAL_LM").save_pretrained(tmp_path / "base")
     (tmp_path / "peft_ptuning_ext.py").write_text("raise ImportError")
@@ -168,7 +166,7 @@ REFUSED = {
 
 @pytest.mark.parametrize(("family", "task"), REFUSED)
 def test_an_export_that_would_differ_is_refused(family, task, tmp_path) -> None:
-    model = make_adapted(family, task)
+    model = make_moved(family, task)
     with pytest.raises(ValueError, match=f"{REFUSED[family, task]}.*force={task!r}"):
         export_to_peft(model, tmp_path / "adapter")
     with pytest.raises(ValueError, match="`force` must name the adapter's task type"):
@@ -177,7 +175,7 @@ def test_an_export_that_would_differ_is_refused(family, task, tmp_path) -> None:
 
 
 def test_a_forced_export_takes_the_head_along_and_back(tmp_path) -> None:
-    model, batch = make_adapted("BERT", "SEQ_CLS"), make_batch("BERT", "SEQ_CLS")
+    model, batch = make_moved("BERT", "SEQ_CLS"), make_batch("BERT", "SEQ_CLS")
     with torch.no_grad():
         model.get_base_model().classifier.modules_to_save["default"].weight.add_(1)
     export_to_peft(model, tmp_path, force="SEQ_CLS")
@@ -192,16 +190,14 @@ def test_a_forced_export_takes_the_head_along_and_back(tmp_path) -> None:
 
 
 def test_other_exports_that_are_refused(tmp_path) -> None:
-    config = PTuningConfig(num_virtual_tokens=V, task_type="CAUSAL_LM", modules_to_save=["lm_head"])
+    with_head = make_adapted("Mistral", modules_to_save=["lm_head"])
     with pytest.raises(ValueError, match=r"trained modules beside the prompt \(lm_head\)"):
-        export_to_peft(get_peft_model(make_model("Mistral", "CAUSAL_LM"), config), tmp_path / "a")
-    without_task = get_peft_model(make_model("BERT", "masked LM"), PTuningConfig(num_virtual_tokens=V))
+        export_to_peft(with_head, tmp_path / "a")
+    without_task = make_adapted("BERT", "masked LM")
     with pytest.raises(ValueError, match="BertForMaskedLM has no task type"):
         export_to_peft(without_task, tmp_path / "a")
     assert not (tmp_path / "a").exists()
-    export_to_peft(
-        get_peft_model(make_model("T5", "SEQ_2_SEQ_LM"), PTuningConfig(num_virtual_tokens=V)), tmp_path / "t5"
-    )
+    export_to_peft(get_peft_model(make_model("T5", "SEQ_2_SEQ_LM"), make_config()), tmp_path / "t5")
     assert json.loads((tmp_path / "t5" / "adapter_config.json").read_text())["task_type"] == "SEQ_2_SEQ_LM"
 
 
@@ -279,7 +275,7 @@ def test_an_adapter_of_another_kind_is_not_taken_over(tmp_path) -> None:
 @pytest.mark.parametrize("family", ["GPT-2", "Llama", "Gemma 3", "OPT"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_prompt_embeds_are_what_enters_the_model(family, dtype) -> None:
-    config = PTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=V, encoder_hidden_size=8)
+    config = make_config("CAUSAL_LM", encoder_hidden_size=8)
     model = get_peft_model(make_model(family, "CAUSAL_LM").to(dtype), config).eval()
     ids = unpadded(family, "CAUSAL_LM")["input_ids"][:1]
     embeds = to_prompt_embeds(model, ids)
@@ -305,7 +301,7 @@ def make_base_logits(family: str, dtype: torch.dtype, embeds: torch.Tensor) -> t
 
 @pytest.mark.parametrize("inside", [True, False])
 def test_a_compiled_model_is_exported_like_a_plain_one(inside, tmp_path) -> None:
-    plain = make_adapted("Llama", "CAUSAL_LM")
+    plain = make_moved("Llama", "CAUSAL_LM")
     plain.save_pretrained(tmp_path / "adapter")
     base = make_model("Llama", "CAUSAL_LM")
     base = torch.compile(base, backend="eager") if inside else base

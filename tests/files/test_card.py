@@ -13,19 +13,19 @@ import pytest
 import torch
 from families import make_model
 from huggingface_hub import ModelCard
+from making import make_adapted, make_config
 from peft import LoraConfig, PeftModel, get_peft_model
 from reference import V, main_output, make_batch
 
 from peft_ptuning_ext import PTuningConfig, make_model_card
 
 
-def make_adapted(folder: Path, family: str, task: str, **options) -> PeftModel:
+def make_adapted_in(folder: Path, family: str, task: str, **sizes) -> PeftModel:
     """An adapted model whose base is saved in `folder`."""
-    base = make_model(family, task, **options)
+    base = make_model(family, task, **sizes)
     base.save_pretrained(folder / "base")
     base = type(base).from_pretrained(folder / "base")
-    config = PTuningConfig(task_type=task, num_virtual_tokens=V, encoder_hidden_size=8)
-    return get_peft_model(base, config).eval()
+    return get_peft_model(base, make_config(task, encoder_hidden_size=8)).eval()
 
 
 def paste(card: ModelCard, **names) -> PeftModel:
@@ -51,7 +51,7 @@ def paste(card: ModelCard, **names) -> PeftModel:
     ],
 )
 def test_the_lines_of_a_card_load_the_adapter(family, task, options, tmp_path, monkeypatch) -> None:
-    model, batch = make_adapted(tmp_path, family, task, **options), make_batch(family, task)
+    model, batch = make_adapted_in(tmp_path, family, task, **options), make_batch(family, task)
     model.save_pretrained(tmp_path / "my-prompt")
     monkeypatch.chdir(tmp_path)
     with torch.no_grad():
@@ -74,7 +74,7 @@ def test_the_lines_of_a_card_load_the_adapter(family, task, options, tmp_path, m
 
 
 def test_a_model_without_a_task_type_is_loaded_onto_its_base(tmp_path, monkeypatch) -> None:
-    model = get_peft_model(make_model("BERT", "masked LM"), PTuningConfig(num_virtual_tokens=V)).eval()
+    model = make_adapted("BERT", "masked LM")
     model.save_pretrained(tmp_path / "my-prompt")
     monkeypatch.chdir(tmp_path)
     batch = make_batch("BERT", "masked LM")
@@ -84,7 +84,7 @@ def test_a_model_without_a_task_type_is_loaded_onto_its_base(tmp_path, monkeypat
 
 
 def test_what_a_card_is_told(tmp_path) -> None:
-    model = get_peft_model(make_model("Llama", "CAUSAL_LM"), PTuningConfig(task_type="CAUSAL_LM"))
+    model = make_adapted(length=20)
     model.peft_config["default"].base_model_name_or_path = "someone/model"
     card = make_model_card(model, "user/prompt", license="apache-2.0", metrics={"rouge_l": 0.51234})
     card.save(tmp_path / "README.md")
@@ -98,7 +98,7 @@ def test_what_a_card_is_told(tmp_path) -> None:
 
 
 def test_a_card_that_someone_wrote_stays(tmp_path) -> None:
-    model = get_peft_model(make_model("Llama", "CAUSAL_LM"), PTuningConfig(task_type="CAUSAL_LM"))
+    model = make_adapted(length=20)
     (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n\nWith words of my own.\n")
     model.save_pretrained(tmp_path)
     card = ModelCard.load(tmp_path / "README.md")
@@ -121,7 +121,7 @@ def test_a_config_saved_over_another_adapter_leaves_its_card(tmp_path) -> None:
 
 
 def test_without_the_package_peft_has_its_own_error(tmp_path) -> None:
-    make_adapted(tmp_path, "Llama", "CAUSAL_LM").save_pretrained(tmp_path / "my-prompt")
+    make_adapted_in(tmp_path, "Llama", "CAUSAL_LM").save_pretrained(tmp_path / "my-prompt")
     program = (
         "import sys; sys.modules['peft_ptuning_ext'] = None\n"
         "from peft import AutoPeftModelForCausalLM\n"

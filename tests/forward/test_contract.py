@@ -7,7 +7,8 @@ from __future__ import annotations
 import pytest
 import safetensors.torch
 import torch
-from families import CELLS, FAMILIES, PEFT_TASKS, make_model
+from families import CELLS, FAMILIES, make_model
+from making import make_adapted, make_config
 from peft import PeftModel, get_peft_model
 from reference import (
     POOLED,
@@ -25,22 +26,12 @@ from releases import CACHE, CHECKPOINTING
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from peft_ptuning_ext import PTuningConfig
-
 
 cells = pytest.mark.parametrize(("family", "task"), CELLS, ids=lambda value: value.replace(" ", "-"))
 
 
 # Encoders whose base model does not mind padding on the left either, as far as it does not pool a padded position.
 LEFT_PADDED = frozenset({"RoBERTa", "XLM-R", "MPNet", "ModernBERT", "DeBERTa-v2"})
-
-
-def make_config(task: str, **kwargs) -> PTuningConfig:
-    return PTuningConfig(num_virtual_tokens=V, task_type=task if task in PEFT_TASKS else None, **kwargs)
-
-
-def make_adapted(family: str, task: str, **kwargs) -> PeftModel:
-    return get_peft_model(make_model(family, task), make_config(task, **kwargs)).eval()
 
 
 @cells
@@ -116,7 +107,7 @@ def test_disabled_is_the_base_and_enabled_is_not(family: str, task: str) -> None
 @cells
 @torch.no_grad()
 def test_outputs_have_the_user_length(family: str, task: str) -> None:
-    model = get_peft_model(make_model(family, task, attn_implementation="eager"), make_config(task)).eval()
+    model = make_adapted(family, task, sizes={"attn_implementation": "eager"})
     base = make_model(family, task, attn_implementation="eager")
     batch = make_batch(family, task)
     arguments = {"output_hidden_states": True, "output_attentions": True}

@@ -16,7 +16,8 @@ from contextlib import nullcontext
 import pytest
 import torch
 from families import DECODERS, ENCODER_DECODERS, VOCABULARY, make_model
-from peft import PeftModel, get_peft_model
+from making import make_adapted, make_config
+from peft import PeftModel
 from reference import V, concatenating, embedding_and_backbone, make_batch
 from releases import CACHE
 from tokenizers import Tokenizer, decoders, models, processors
@@ -30,8 +31,6 @@ from transformers import (
     pipeline,
 )
 from transformers.generation.streamers import BaseStreamer
-
-from peft_ptuning_ext import PTuningConfig
 
 
 S = 6
@@ -74,13 +73,6 @@ LONG_WINDOWS = {f"{family}, long window": family for family in ("Mistral", "Gemm
 CELLS = [(name, name, {}) for name in DECODERS] + [(f, n, {"sliding_window": 40}) for n, f in LONG_WINDOWS.items()]
 
 
-def make_adapted(family: str, task: str = "CAUSAL_LM", **overrides) -> PeftModel:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = PTuningConfig(num_virtual_tokens=V, task_type=task)
-        return get_peft_model(make_model(family, task, **overrides), config).eval()
-
-
 def by_hand(model: PeftModel, family: str, batch: dict, overrides: dict | None = None, **arguments):
     """What the base generates when its backbone sees the concatenation."""
     base = make_model(family, "CAUSAL_LM", **(overrides or {}))
@@ -94,7 +86,7 @@ def by_hand(model: PeftModel, family: str, batch: dict, overrides: dict | None =
 @pytest.mark.parametrize(("family", "overrides"), [c[::2] for c in CELLS], ids=[c[1] for c in CELLS])
 @torch.no_grad()
 def test_decoders(family: str, overrides: dict, way: str) -> None:
-    model, arguments = make_adapted(family, **overrides), (WAYS | DECODERS_ONLY)[way]
+    model, arguments = make_adapted(family, sizes=overrides), (WAYS | DECODERS_ONLY)[way]
     one_row = "prompt_lookup_num_tokens" in arguments
     batch = make_batch(family, "CAUSAL_LM", lengths=(S,) if one_row else (S, S))
     if family in CONCATENATED and "static" in way:
@@ -144,7 +136,7 @@ RAGGED = ("greedy", "beam search", "no cache", "chunked prefill", "static cache"
 def test_left_padding_changes_no_generated_token(family: str, overrides: dict, way: str) -> None:
     if family in CONCATENATED and "static" in way:
         return  # refused, see above
-    model, arguments = make_adapted(family, **overrides), (WAYS | DECODERS_ONLY)[way]
+    model, arguments = make_adapted(family, sizes=overrides), (WAYS | DECODERS_ONLY)[way]
     together = model.generate(**make_batch(family, "CAUSAL_LM", lengths=(3, 9), pad_left=True), **arguments)
     alone = by_hand(model, family, make_batch(family, "CAUSAL_LM", lengths=(3,)), overrides, **arguments)
     assert torch.equal(together[0, 9:], alone[0, 3:])
@@ -216,8 +208,8 @@ def test_streamers_and_stopping_criteria(family: str) -> None:
 @pytest.mark.parametrize(("family", "overrides"), [c[::2] for c in CELLS], ids=[c[1] for c in CELLS])
 @torch.no_grad()
 def test_assisted_decoding(family: str, overrides: dict, drafter: str) -> None:
-    model = make_adapted(family, **overrides)
-    draft = make_adapted(family, **overrides) if drafter == "adapted" else make_model("GPT-2", "CAUSAL_LM")
+    model = make_adapted(family, sizes=overrides)
+    draft = make_adapted(family, sizes=overrides) if drafter == "adapted" else make_model("GPT-2", "CAUSAL_LM")
     draft = make_model(family, "CAUSAL_LM", **overrides) if drafter == "base" else draft
     draft.generation_config.update(num_assistant_tokens=3, num_assistant_tokens_schedule="constant")
     batch = make_batch(family, "CAUSAL_LM", lengths=(S,))
@@ -355,7 +347,7 @@ def test_the_automatic_compile_of_static_caches(family: str) -> None:
     found = model.generate(**batch, **static, **COMPILED)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     assert torch.equal(found, model.generate(**batch, **static))
-    model.add_adapter("other", PTuningConfig(num_virtual_tokens=V + 2, task_type="CAUSAL_LM"))
+    model.add_adapter("other", make_config("CAUSAL_LM", V + 2))
     model.set_adapter("other")
     assert torch.equal(model.generate(**batch, **static, **COMPILED), model.generate(**batch, **static))
 
@@ -375,7 +367,7 @@ def test_generating_with_a_compiled_forward(family: str) -> None:
 @torch.no_grad()
 def test_switching_between_calls() -> None:
     model, batch = make_adapted("Llama"), make_batch("Llama", "CAUSAL_LM", lengths=(S, S))
-    model.add_adapter("other", PTuningConfig(num_virtual_tokens=V + 2, task_type="CAUSAL_LM"))
+    model.add_adapter("other", make_config("CAUSAL_LM", V + 2))
     for way in (WAYS["greedy"], WAYS["static cache"]):
         for name in ("default", "other", "default"):
             model.set_adapter(name)
@@ -387,10 +379,9 @@ def test_switching_between_calls() -> None:
 
 @torch.no_grad()
 def test_a_cache_for_cross_attention() -> None:
-    model, batch = make_adapted("GPT-2", add_cross_attention=True), make_batch("GPT-2", "CAUSAL_LM", lengths=(S, S))
-    assert torch.equal(
-        model.generate(**batch, **NEW), by_hand(model, "GPT-2", batch, {"add_cross_attention": True}, **NEW)
-    )
+    sizes = {"add_cross_attention": True}
+    model, batch = make_adapted("GPT-2", sizes=sizes), make_batch("GPT-2", "CAUSAL_LM", lengths=(S, S))
+    assert torch.equal(model.generate(**batch, **NEW), by_hand(model, "GPT-2", batch, sizes, **NEW))
 
 
 @torch.no_grad()
@@ -432,7 +423,7 @@ def test_generate_with_the_adapter_disabled_is_the_base() -> None:
 @torch.no_grad()
 def test_a_cache_belongs_to_the_adapter_that_filled_it() -> None:
     model = make_adapted("Llama")
-    model.add_adapter("other", PTuningConfig(num_virtual_tokens=V, task_type="CAUSAL_LM"))
+    model.add_adapter("other", make_config("CAUSAL_LM"))
     ids = make_batch("Llama", "CAUSAL_LM", lengths=(6, 6))["input_ids"]
     cache = model(input_ids=ids, use_cache=True).past_key_values
     with model.disable_adapter(), pytest.raises(ValueError, match="filled under adapter 'default'.*no adapter"):

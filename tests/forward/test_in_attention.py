@@ -10,13 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from families import DECODERS, ENCODERS, FAMILIES, make_model
-from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from families import DECODERS, ENCODERS, FAMILIES
+from making import make_adapted, make_config
+from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from reference import V, embedding_and_backbone, make_batch
 from releases import CACHE
 from transformers import DynamicCache
 
-from peft_ptuning_ext import PTuningConfig
 from peft_ptuning_ext.forward import attention
 from peft_ptuning_ext.forward.in_attention import MAX_STORED
 from peft_ptuning_ext.prompts.prompt import Prompt
@@ -24,13 +24,6 @@ from peft_ptuning_ext.prompts.prompt import Prompt
 
 S = 7
 SHARED = [family for family in DECODERS if family not in ("Bloom", "Falcon")]
-
-
-def make_adapted(family: str = "Llama", **overrides) -> PeftModel:
-    config = PTuningConfig(num_virtual_tokens=V, task_type="CAUSAL_LM")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return get_peft_model(make_model(family, "CAUSAL_LM", **overrides), config).eval()
 
 
 def stack_of(model: PeftModel) -> torch.nn.Module:
@@ -69,7 +62,7 @@ def test_which_route_is_taken() -> None:
     assert [name for name, route in routes.items() if route == "shared"] == SHARED
     assert routes["Bloom"] == "concatenated: its attention does not go through transformers' attention interface"
     for name in ENCODERS:
-        model = get_peft_model(make_model(name, "SEQ_CLS"), PTuningConfig(num_virtual_tokens=V))
+        model = make_adapted(name, "SEQ_CLS")
         assert model.prompt_route.startswith("concatenated: its attention ")
 
 
@@ -83,7 +76,7 @@ def test_which_route_is_taken() -> None:
     ],
 )
 def test_why_a_prompt_is_not_shared(family, overrides, reason) -> None:
-    model = make_adapted(family, **overrides)
+    model = make_adapted(family, sizes=overrides)
     assert model.prompt_route.startswith("concatenated: ")
     assert reason in model.prompt_route
 
@@ -215,7 +208,7 @@ def test_nothing_is_kept_beside_adapters_whose_state_has_no_version() -> None:
 @torch.no_grad()
 def test_adapters_have_their_own_and_take_it_with_them() -> None:
     model, batch = make_adapted(), make_batch("Llama", "CAUSAL_LM")
-    model.add_adapter("other", PTuningConfig(num_virtual_tokens=V + 2, task_type="CAUSAL_LM"))
+    model.add_adapter("other", make_config("CAUSAL_LM", V + 2))
     outputs = {}
     for name in ("default", "other", "default", "other"):
         model.set_adapter(name)
@@ -227,11 +220,11 @@ def test_adapters_have_their_own_and_take_it_with_them() -> None:
     model.delete_adapter("default")
     assert kept(model) == 1
     # A new adapter of the old name begins anew.
-    model.add_adapter("default", PTuningConfig(num_virtual_tokens=V, task_type="CAUSAL_LM"))
+    model.add_adapter("default", make_config("CAUSAL_LM"))
     model.set_adapter("default")
     assert not torch.allclose(model(**batch).logits, outputs["default"])
     for number in range(MAX_STORED):
-        model.add_adapter(f"{number}", PTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
+        model.add_adapter(f"{number}", make_config("CAUSAL_LM", 2))
         model.set_adapter(f"{number}")
         model(**batch)
     assert kept(model) == MAX_STORED
@@ -280,7 +273,7 @@ def test_copies_keep_their_own() -> None:
 
 
 def test_training_mode_keeps_nothing_and_draws_dropout_anew() -> None:
-    model = make_adapted("GPT-2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5).train()
+    model = make_adapted("GPT-2", sizes={"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5}).train()
     batch = make_batch("GPT-2", "CAUSAL_LM")
     with torch.no_grad():
         assert not torch.allclose(model(**batch).logits, model(**batch).logits)
@@ -291,7 +284,7 @@ def test_training_mode_keeps_nothing_and_draws_dropout_anew() -> None:
 
 
 def test_one_prompt_pass_per_step_draws_one_dropout_mask_for_all_rows() -> None:
-    model = make_adapted("GPT-2", resid_pdrop=0.0, embd_pdrop=0.5, attn_pdrop=0.0).train()
+    model = make_adapted("GPT-2", sizes={"resid_pdrop": 0.0, "embd_pdrop": 0.5, "attn_pdrop": 0.0}).train()
     seen = []
     stack_of(model).h[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     ids = torch.full((3, S), 7)
@@ -375,7 +368,7 @@ def test_a_mask_of_the_callers_own_is_the_texts(family, additive) -> None:
 
 @torch.no_grad()
 def test_attention_maps_have_the_prompts_columns() -> None:
-    model, batch = make_adapted(attn_implementation="eager"), make_batch("Llama", "CAUSAL_LM")
+    model, batch = make_adapted(sizes={"attn_implementation": "eager"}), make_batch("Llama", "CAUSAL_LM")
     maps = model(**batch, output_attentions=True).attentions
     assert [each.shape for each in maps] == [(2, 4, S, V + S)] * 2
     for each, wanted in zip(maps, concatenating(model)(**batch, output_attentions=True).attentions, strict=True):
@@ -384,7 +377,7 @@ def test_attention_maps_have_the_prompts_columns() -> None:
 
 def test_unloading_gives_the_attention_back() -> None:
     for implementation in ("sdpa", "eager"):
-        model = make_adapted(attn_implementation=implementation)
+        model = make_adapted(sizes={"attn_implementation": implementation})
         config = model.get_base_model().config
         assert config._attn_implementation == f"ptuning_{implementation}"
         assert "ptuning" not in config.to_json_string()
@@ -395,10 +388,7 @@ def test_unloading_gives_the_attention_back() -> None:
 def test_the_shared_prompts_gradient_through_every_encoder(family) -> None:
     for kind in ("NONE", "MLP", "LSTM", "RESIDUAL"):
         options = {} if kind == "NONE" else {"encoder_hidden_size": 8}
-        config = PTuningConfig(
-            num_virtual_tokens=V, task_type="CAUSAL_LM", encoder_reparameterization_type=kind, **options
-        )
-        model = get_peft_model(make_model(family, "CAUSAL_LM"), config).eval()
+        model = make_adapted(family, encoder_reparameterization_type=kind, **options)
         other, batch = concatenating(model), make_batch(family, "CAUSAL_LM")
         for each in (model, other):
             each(**batch, labels=batch["input_ids"]).loss.backward()
@@ -428,7 +418,7 @@ def test_both_kernels_are_right_with_every_mask(family, kernel, monkeypatch) -> 
 @pytest.mark.parametrize("window", [V + S - 2, V + S - 1, V + S, V + S + 1])
 @torch.no_grad()
 def test_a_window_that_just_reaches_the_prompt(window) -> None:
-    model = make_adapted("Mistral", sliding_window=window)
+    model = make_adapted("Mistral", sizes={"sliding_window": window})
     ids = make_batch("Mistral", "CAUSAL_LM", lengths=(S, S))["input_ids"]
     torch.testing.assert_close(
         model(input_ids=ids).logits, concatenating(model)(input_ids=ids).logits, rtol=0, atol=1e-5

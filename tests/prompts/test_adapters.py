@@ -12,6 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 from families import make_model
+from making import make_adapted, make_config
 from peft import LoraConfig, PeftModel, get_peft_model
 from reference import V, concatenated, main_output, make_batch
 from torch import nn
@@ -24,14 +25,6 @@ networks = pytest.mark.parametrize("encoder", [e for e in PromptEncoderType if e
 models = pytest.mark.parametrize(
     ("family", "task"), [("BERT", "SEQ_CLS"), ("Llama", "CAUSAL_LM"), ("T5", "SEQ_2_SEQ_LM")]
 )
-
-
-def make_config(task: str, length: int = V, **kwargs) -> PTuningConfig:
-    return PTuningConfig(num_virtual_tokens=length, task_type=task, **kwargs)
-
-
-def make_adapted(family: str, task: str, adapter_name: str = "default", **kwargs) -> PeftModel:
-    return get_peft_model(make_model(family, task), make_config(task, **kwargs), adapter_name=adapter_name).eval()
 
 
 @pytest.fixture(name="out")
@@ -72,7 +65,7 @@ def test_several_adapters_of_different_lengths(family, task, out, tmp_path) -> N
 @models
 def test_deleting_an_adapter(family, task, out) -> None:
     base = out(make_model(family, task), family, task)
-    model = make_adapted(family, task, "active")
+    model = make_adapted(family, task, adapter_name="active")
     model.add_adapter("idle", make_config(task, V + 1))
     model.add_adapter("last", make_config(task, V + 2))
     active = out(model, family, task)
@@ -289,7 +282,7 @@ def test_copies_are_independent(family, task, out) -> None:
 @models
 def test_state_dict_round_trip(family, task, out) -> None:
     model = make_adapted(family, task, encoder_reparameterization_type="MLP")
-    other = make_adapted(family, task, encoder_reparameterization_type="MLP")
+    other = get_peft_model(make_model(family, task), make_config(task, encoder_reparameterization_type="MLP")).eval()
     assert not torch.equal(out(other, family, task), out(model, family, task))
     other.load_state_dict(model.state_dict())
     assert torch.equal(out(other, family, task), out(model, family, task))
@@ -311,7 +304,7 @@ def test_state_dict_round_trip(family, task, out) -> None:
     ],
 )
 def test_resizing_the_vocabulary_keeps_the_prompt(family, task, options, inside, size) -> None:
-    config = make_config(task if task.isupper() else None, encoder_reparameterization_type="MLP")
+    config = make_config(task, encoder_reparameterization_type="MLP")
     base = make_model(family, task, **options)
     model = get_peft_model(base, config).eval()
     batch = {name: ids % 80 if "ids" in name else ids for name, ids in make_batch(family, task).items()}
@@ -577,7 +570,7 @@ def test_beside_lora_in_transformers_each_is_switched_by_its_name() -> None:
 
 
 def test_selected_adapters_are_saved(tmp_path) -> None:
-    model = make_adapted("BERT", "SEQ_CLS", "first")
+    model = make_adapted("BERT", "SEQ_CLS", adapter_name="first")
     model.add_adapter("second", make_config("SEQ_CLS", V + 1))
     model.save_pretrained(tmp_path, selected_adapters=["second"])
     assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"second"}

@@ -11,6 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 from families import make_model
+from making import make_adapted, make_config
 from peft import LoraConfig, PeftModel, get_peft_model
 from reference import V, concatenated, main_output, make_batch
 from tiny_tokenizers import make_tokenizer
@@ -27,6 +28,7 @@ from peft_ptuning_ext import (
 
 
 ROWS = [7, 60]
+TRAINED = {"trainable_token_indices": ROWS}
 WEIGHTS = "adapter_model.safetensors"
 PLACES = [
     ("Llama", "CAUSAL_LM", {"tie_word_embeddings": False}, "embed_tokens"),
@@ -38,11 +40,6 @@ PLACES = [
     ("BART", "SEQ_2_SEQ_LM", {}, "shared"),
 ]
 places = pytest.mark.parametrize(("family", "task", "options", "name"), PLACES)
-
-
-def make_config(task: str, **kwargs) -> PTuningConfig:
-    kwargs = {"trainable_token_indices": ROWS, **kwargs}
-    return PTuningConfig(num_virtual_tokens=V, task_type=task, **kwargs)
 
 
 def make_batch_with_rows(family: str, task: str) -> dict:
@@ -82,10 +79,8 @@ def with_rows(base: PreTrainedModel, rows: torch.Tensor) -> PreTrainedModel:
 @places
 @pytest.mark.parametrize("by_name", [False, True])
 def test_trained_rows_are_those_of_a_model_that_has_them(family, task, options, name, by_name) -> None:
-    config = make_config(task, trainable_token_indices={name: ROWS} if by_name else ROWS)
-    model = get_peft_model(make_model(family, task, **options), config).eval()
-    plain = get_peft_model(make_model(family, task, **options), make_config(task, trainable_token_indices=None)).eval()
-    plain.load_state_dict(model.state_dict(), strict=False)
+    model = make_adapted(family, task, options, trainable_token_indices={name: ROWS} if by_name else ROWS)
+    plain = make_adapted(family, task, options)
     assert torch.equal(out(model, family, task), out(plain, family, task))  # rows start as they are
     base = {name: value.clone() for name, value in model.get_base_model().state_dict().items()}
 
@@ -116,7 +111,7 @@ def test_trained_rows_are_saved_and_loaded(family, task, options, name, low_cpu_
     def make() -> PreTrainedModel:
         return make_model(family, task, **options)
 
-    model = get_peft_model(make(), make_config(task)).eval()
+    model = make_adapted(family, task, options, **TRAINED)
     move(model)
     expected = out(model, family, task)
     model.save_pretrained(tmp_path)
@@ -144,9 +139,9 @@ def test_several_adapters_with_and_without_trained_rows(family, task, options, n
     base = make_model(family, task, **options)
     modules = [(name, type(module)) for name, module in base.named_modules()]
     plain = out(base, family, task)
-    model = get_peft_model(base, make_config(task, trainable_token_indices=None)).eval()
+    model = get_peft_model(base, make_config(task)).eval()
     first = out(model, family, task)
-    model.add_adapter("rows", make_config(task))
+    model.add_adapter("rows", make_config(task, **TRAINED))
     model.add_adapter("others", make_config(task, trainable_token_indices=[8, 7, 9]))
     assert torch.equal(out(model.eval(), family, task), first)
     assert {name.split(".")[-2] for name, p in model.named_parameters() if p.requires_grad and "ptuning_" in name} == {
@@ -182,8 +177,8 @@ def test_several_adapters_with_and_without_trained_rows(family, task, options, n
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_head_trained_in_full_is_not_tied(tied, tmp_path) -> None:
     """As trainers set it for a chat template with new tokens; the head is then a copy of its own."""
-    config = make_config("CAUSAL_LM", trainable_token_indices={"embed_tokens": ROWS}, modules_to_save=["lm_head"])
-    model = get_peft_model(make_model("Llama", "CAUSAL_LM", tie_word_embeddings=tied), config).eval()
+    trained = {"trainable_token_indices": {"embed_tokens": ROWS}, "modules_to_save": ["lm_head"]}
+    model = make_adapted(sizes={"tie_word_embeddings": tied}, **trained)
     move(model)
     expected = out(model, "Llama", "CAUSAL_LM")
     head = model.get_base_model().lm_head.modules_to_save["default"].weight
@@ -203,7 +198,7 @@ def test_a_head_trained_in_full_is_not_tied(tied, tmp_path) -> None:
 
 
 def test_what_is_kept_between_calls_sees_the_rows() -> None:
-    model = get_peft_model(make_model("Llama", "CAUSAL_LM"), make_config("CAUSAL_LM")).eval()
+    model = make_adapted(**TRAINED)
     first = out(model, "Llama", "CAUSAL_LM")
     assert torch.equal(out(model, "Llama", "CAUSAL_LM"), first)
     rows_of(model).data += 1
@@ -211,7 +206,7 @@ def test_what_is_kept_between_calls_sees_the_rows() -> None:
 
 
 def test_rows_of_a_half_precision_model_are_trained_in_single() -> None:
-    model = get_peft_model(make_model("Llama", "CAUSAL_LM").bfloat16(), make_config("CAUSAL_LM"))
+    model = get_peft_model(make_model("Llama", "CAUSAL_LM").bfloat16(), make_config("CAUSAL_LM", **TRAINED))
     assert rows_of(model).dtype == torch.float32
     assert out(model, "Llama", "CAUSAL_LM").dtype == torch.bfloat16
 
@@ -230,7 +225,7 @@ BAD = {
 def test_rows_that_are_not_there_leave_the_model_as_it_was(case, beside) -> None:
     indices, options, message = BAD[case]
     base = make_model("Llama", "CAUSAL_LM")
-    model = get_peft_model(base, make_config("CAUSAL_LM", trainable_token_indices=None)) if beside else base
+    model = get_peft_model(base, make_config("CAUSAL_LM")) if beside else base
     before = [(name, type(module)) for name, module in base.named_modules()]
     expected = out(model, "Llama", "CAUSAL_LM")
     config = make_config("CAUSAL_LM", trainable_token_indices=indices, **options)
@@ -245,11 +240,11 @@ def test_rows_that_are_not_there_leave_the_model_as_it_was(case, beside) -> None
 def test_a_tied_head_with_a_bias_is_refused(beside) -> None:
     """PEFT's TrainableTokens would leave the bias out. The check comes after the wrapping, which is undone."""
     base = make_model("BERT", "masked LM")
-    model = get_peft_model(base, make_config(None, trainable_token_indices=None)) if beside else base
+    model = get_peft_model(base, make_config()) if beside else base
     before = [(name, type(module)) for name, module in base.named_modules()]
     trained = [name for name, parameter in base.named_parameters() if parameter.requires_grad]
     with pytest.raises(ValueError, match="'cls.predictions.decoder', which has a bias"):
-        model.add_adapter("bad", make_config(None)) if beside else get_peft_model(base, make_config(None))
+        model.add_adapter("bad", make_config(**TRAINED)) if beside else get_peft_model(base, make_config(**TRAINED))
     assert [(name, type(module)) for name, module in base.named_modules()] == before
     assert [name for name, parameter in base.named_parameters() if parameter.requires_grad] == trained
 
@@ -264,7 +259,7 @@ def test_a_tied_head_with_a_bias_is_refused(beside) -> None:
 def test_the_field_takes_what_loras_takes(value, error) -> None:
     with pytest.raises(error, match="`trainable_token_indices` must"):
         make_config("CAUSAL_LM", trainable_token_indices=value)
-    config = make_config("CAUSAL_LM")
+    config = make_config("CAUSAL_LM", **TRAINED)
     config.trainable_token_indices = value  # as trainers do
     with pytest.raises(error, match="`trainable_token_indices` must"):
         get_peft_model(make_model("Llama", "CAUSAL_LM"), config)
@@ -277,7 +272,7 @@ def test_the_field_is_that_of_lora() -> None:
 
 
 def test_exports_say_what_they_have_no_place_for(tmp_path) -> None:
-    model = get_peft_model(make_model("Llama", "CAUSAL_LM"), make_config("CAUSAL_LM", encoder_hidden_size=8)).eval()
+    model = make_adapted(encoder_hidden_size=8, **TRAINED)
     move(model)
     expected = out(model, "Llama", "CAUSAL_LM")
     with pytest.raises(ValueError, match="`trainable_token_indices`"):
@@ -287,7 +282,7 @@ def test_exports_say_what_they_have_no_place_for(tmp_path) -> None:
     assert not (tmp_path / "out").exists()
     embeds = to_prompt_embeds(model, torch.tensor(ROWS))
     torch.testing.assert_close(embeds[V:], rows_of(model).detach())
-    model.add_adapter("second", make_config("CAUSAL_LM"))
+    model.add_adapter("second", make_config("CAUSAL_LM", **TRAINED))
     with pytest.raises(ValueError, match="Activate 'second' with `set_adapter` first"):
         to_prompt_embeds(model, torch.tensor(ROWS), "second")
     fold_prompt(model)
@@ -298,6 +293,6 @@ def test_exports_say_what_they_have_no_place_for(tmp_path) -> None:
 
 
 def test_a_card_does_not_take_rows_for_a_head() -> None:
-    model = get_peft_model(make_model("BERT", "SEQ_CLS", num_labels=3), make_config("SEQ_CLS"))
+    model = make_adapted("BERT", "SEQ_CLS", {"num_labels": 3}, **TRAINED)
     model.peft_config["default"].base_model_name_or_path = "some/model"
     assert "num_labels=3" in make_model_card(model, "me/mine").text

@@ -18,9 +18,10 @@ import text_classification
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
+from learnable import make_base
 from peft import PeftModel
 from tiny_recipes import as_words, read_rows, save_backbone, write_rows
-from train_distributed import CASES, DEADLINE, TRAINED, collate, make_adapted, make_base, make_rows
+from train_distributed import DEADLINE, ENCODER_OF, TRAINED, collate, make_prompted, make_rows
 
 from peft_ptuning_ext import make_model_card
 
@@ -52,7 +53,7 @@ def launch(config: str, *arguments: str) -> None:
     assert process.returncode == 0, output
 
 
-@pytest.mark.parametrize("family", CASES)
+@pytest.mark.parametrize("family", ENCODER_OF)
 @pytest.mark.parametrize("config", LAUNCHED)
 def test_two_processes_train_as_one(config, family, tmp_path) -> None:
     is_sharded = config == "fsdp2.yaml"
@@ -60,7 +61,7 @@ def test_two_processes_train_as_one(config, family, tmp_path) -> None:
     launch(config, *options, str(HERE / "train_distributed.py"), family, str(tmp_path))
     for name, train in TRAINED.items():
         alone = train(family, tmp_path / "alone")
-        assert (alone["prompt"] - make_adapted(family).prompt_embeddings()).abs().max() > 1e-3
+        assert (alone["prompt"] - make_prompted(family).prompt_embeddings()).abs().max() > 1e-3
         for process in range(2):
             result = torch.load(tmp_path / f"{name} {process}.pt")
             assert result.keys() == alone.keys()
@@ -84,7 +85,7 @@ def test_two_processes_train_as_one(config, family, tmp_path) -> None:
 
 def test_weights_of_zero_3_are_not_read_twice(monkeypatch) -> None:
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    model = make_adapted("Llama").eval()
+    model = make_prompted("Llama").eval()
     batch = collate(make_rows("Llama", 3, seed=0))
     expected = model(**batch).loss
     assert model.prompt_route == "shared"
@@ -95,7 +96,7 @@ def test_weights_of_zero_3_are_not_read_twice(monkeypatch) -> None:
 
 
 def test_a_card_is_written_from_sizes_where_zero_3_has_partitioned_the_weights() -> None:
-    model = make_adapted("BERT")
+    model = make_prompted("BERT")
     expected = make_model_card(model, "adapter").text
     for parameter in model.parameters():
         parameter.ds_shape = parameter.shape

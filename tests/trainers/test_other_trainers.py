@@ -10,7 +10,8 @@ import pytest
 import torch
 from datasets import Dataset
 from families import make_model
-from learnable import V, add_prompt, frozen, losses, trainable
+from learnable import SETTINGS, V, add_prompt, frozen, losses, trainable
+from making import make_config
 from peft import PeftModel
 from reference import concatenated, concatenated_inputs, embedding_and_backbone, make_batch
 from releases import CHECKPOINTING
@@ -24,11 +25,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from peft_ptuning_ext import PromptEncoderType, PTuningConfig, PTuningLayer
-
-
-SETTINGS = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "dataloader_pin_memory": False}
-SETTINGS |= {"logging_steps": 1, "logging_nan_inf_filter": False, "save_strategy": "no", "learning_rate": 1e-2}
+from peft_ptuning_ext import PromptEncoderType, PTuningLayer
 
 
 def train(trainer: Trainer) -> None:
@@ -152,7 +149,7 @@ def test_sft_trainer(family, kind, arguments, tmp_path) -> None:
         train_dataset=texts,
         eval_dataset=texts,
         processing_class=make_tokenizer(),
-        peft_config=PTuningConfig(num_virtual_tokens=V, task_type="CAUSAL_LM"),
+        peft_config=make_config("CAUSAL_LM", V),
     )
     (batch,) = trainer.get_eval_dataloader()
     assert len(separate(batch)) == 16
@@ -193,7 +190,7 @@ def test_sft_trainer_with_a_chat_template_that_adds_tokens(tied, tmp_path) -> No
         SFTConfig(tmp_path, max_steps=8, bf16=False, chat_template_path=str(tmp_path / "template"), **SETTINGS),
         train_dataset=make_texts("conversation"),
         processing_class=tokenizer,
-        peft_config=PTuningConfig(num_virtual_tokens=V, task_type="CAUSAL_LM"),
+        peft_config=make_config("CAUSAL_LM", V),
     )
     before = trainable(trainer.model)
     kinds = ["ptuning_encoders", "trainable_tokens_delta", "modules_to_save"]
@@ -262,7 +259,7 @@ def test_sentence_transformer_trainer(family, tmp_path) -> None:
     make_model(family, "FEATURE_EXTRACTION").save_pretrained(tmp_path / "base")
     make_tokenizer().save_pretrained(tmp_path / "base")
     model = SentenceTransformer(str(tmp_path / "base"), device="cpu")
-    model.add_adapter(PTuningConfig(num_virtual_tokens=V, task_type="FEATURE_EXTRACTION"))
+    model.add_adapter(make_config("FEATURE_EXTRACTION", V))
     pairs = [tuple(row["text"].split(" ", 4)[i] for i in (0, -1)) for row in make_texts("plain")]
     rows = [{"sentence1": one, "sentence2": two, "score": float(i % 2)} for i, (one, two) in enumerate(pairs)]
     arguments = SentenceTransformerTrainingArguments(tmp_path, max_steps=8, per_device_train_batch_size=16, **SETTINGS)

@@ -10,7 +10,7 @@ import math
 import pytest
 import torch
 from families import TASKS
-from learnable import TASK_OF, add_prompt, frozen, losses, make_base, make_trainer, trainable
+from learnable import TASK_OF, add_prompt, frozen, losses, make_base, make_learner, trainable
 from peft import PeftModel, prepare_model_for_kbit_training
 from peft.utils.other import cast_mixed_precision_params
 from reference import concatenated, main_output, make_batch
@@ -34,7 +34,7 @@ def train_200_steps(family: str, encoder: str, dtype: torch.dtype, folder, **arg
     """The losses, the prompt being float32 all the way and the base what it was."""
     model = add_prompt(make_base(family, dtype), TASK_OF[family], encoder_reparameterization_type=encoder)
     base = frozen(model)
-    trainer = make_trainer(model, folder, max_steps=200, **arguments)
+    trainer = make_learner(model, folder, max_steps=200, **arguments)
     trainer.train()
     assert {tensor.dtype for name, tensor in model.state_dict().items() if "ptuning_" in name} == {torch.float32}
     assert {tensor.dtype for name, tensor in base.items() if "ptuning_" not in name} == {dtype}
@@ -70,7 +70,7 @@ def test_float16_with_a_scaled_loss(family, tmp_path, tmp_path_factory) -> None:
     expected = float32_losses(family, "MLP", str(tmp_path_factory.getbasetemp()))
     model = add_prompt(make_base(family), TASK_OF[family], encoder_reparameterization_type="MLP")
     cast_mixed_precision_params(model, torch.float16)
-    trainer = make_trainer(model, tmp_path, max_steps=200)
+    trainer = make_learner(model, tmp_path, max_steps=200)
     trainer.create_optimizer_and_scheduler(200)
     scaler, found = torch.amp.GradScaler("cpu"), []
     for batch in trainer.get_train_dataloader():
@@ -137,7 +137,7 @@ def test_training_on_a_quantized_base(family, quantization, prepare, tmp_path) -
     before, start = stored(model), trainable(model)
     assert any(part.dtype in (torch.int8, torch.uint8) for parts in before.values() for part in parts)
 
-    trainer = make_trainer(model, tmp_path, max_steps=40)
+    trainer = make_learner(model, tmp_path, max_steps=40)
     trainer.train()
     values = losses(trainer)
     assert sum(values[-8:]) < 0.95 * sum(values[:8])

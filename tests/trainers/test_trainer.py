@@ -17,7 +17,7 @@ from families import make_model
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from shared.resuming import last_whole_checkpoint
-from train_resumable import INTERRUPTED, RUNS, SAVE_STEPS, STEPS, make_data, make_trainer
+from train_resumable import INTERRUPTED, RUNS, SAVE_STEPS, STEPS, make_classifier, make_data
 from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -28,7 +28,7 @@ RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 @pytest.mark.parametrize("family", ["BERT", "Llama"])
 def test_trainer_learns_and_picks_the_best(family, tmp_path) -> None:
     arguments = {"eval_strategy": "steps", "eval_steps": 8, "save_steps": 8, "load_best_model_at_end": True}
-    trainer = make_trainer(tmp_path, family, max_steps=48, metric_for_best_model="accuracy", **arguments)
+    trainer = make_classifier(tmp_path, family, max_steps=48, metric_for_best_model="accuracy", **arguments)
     base = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if not p.requires_grad}
     before = trainer.evaluate()
     trainer.train()
@@ -53,7 +53,7 @@ def test_trainer_learns_and_picks_the_best(family, tmp_path) -> None:
 @pytest.mark.parametrize("family", ["BERT", "Llama"])
 def test_the_best_prompt_and_head_come_back(family, encoder, tmp_path) -> None:
     arguments = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "load_best_model_at_end": True}
-    trainer = make_trainer(tmp_path, family, encoder, max_steps=6, metric_for_best_model="score", **arguments)
+    trainer = make_classifier(tmp_path, family, encoder, max_steps=6, metric_for_best_model="score", **arguments)
     scores = iter([0.2, 0.9, 0.5])  # at steps 2, 4 and 6
     trainer.compute_metrics = lambda _: {"score": next(scores)}
     trainer.train()
@@ -83,7 +83,7 @@ def interrupted(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
 def test_a_resumed_run_equals_an_uninterrupted_one(run, interrupted, tmp_path) -> None:
-    straight = run.make_trainer(tmp_path)
+    straight = run.trainer(tmp_path)
     straight.train()
     expected = train_resumable.result(straight)
     found = torch.load(interrupted / f"{run.name}.pt")
@@ -98,7 +98,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(run, interrupted, tmp_path) -
 
 def test_the_last_whole_checkpoint(tmp_path) -> None:
     assert last_whole_checkpoint(tmp_path) is None
-    make_trainer(tmp_path, max_steps=3, save_steps=1).train()
+    make_classifier(tmp_path, max_steps=3, save_steps=1).train()
     first, second, third = (tmp_path / f"checkpoint-{step}" for step in (1, 2, 3))
     assert last_whole_checkpoint(tmp_path) == get_last_checkpoint(tmp_path) == str(third)
     (third / "trainer_state.json").unlink()

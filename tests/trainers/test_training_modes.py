@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from learnable import TASK_OF, add_prompt, losses, make_base, make_trainer, trainable
+from learnable import TASK_OF, add_prompt, losses, make_base, make_learner, trainable
 from peft import LoraConfig, PeftModel, get_peft_model
 from releases import CHECKPOINTING
 from torch._dynamo.utils import counters
@@ -28,7 +28,7 @@ def make_prompted(family: str) -> PeftModel:
 
 def trained(*args, **kwargs) -> Trainer:
     """A Trainer that has trained for 4 steps."""
-    trainer = make_trainer(*args, **DESCENT, **kwargs)
+    trainer = make_learner(*args, **DESCENT, **kwargs)
     before = trainable(trainer.model)
     trainer.train()
     assert len(losses(trainer)) == 4
@@ -76,7 +76,7 @@ def test_accumulated_batches_are_one_large_batch(family, tmp_path) -> None:
 def test_the_trainer_sees_the_base_models_loss(family, tmp_path) -> None:
     """Whether it hands the number of labels to the model, and which inputs are labels, is read off the base."""
     lora = get_peft_model(make_base(family), LoraConfig(task_type=TASK_OF[family]))
-    prompted, other = (make_trainer(model, tmp_path) for model in (make_prompted(family), lora))
+    prompted, other = (make_learner(model, tmp_path) for model in (make_prompted(family), lora))
     assert prompted.model_accepts_loss_kwargs == other.model_accepts_loss_kwargs
     assert prompted.label_names == other.label_names
     assert prompted.can_return_loss == other.can_return_loss
