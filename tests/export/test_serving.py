@@ -18,13 +18,13 @@ from pathlib import Path
 import pytest
 import torch
 from families import make_model
+from making import make_config
 from openai import OpenAI
 from peft import PeftModel, get_peft_model
-from reference import V
 from tiny_tokenizers import CHAT, SIZE, TEXTS, make_tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from peft_ptuning_ext import PTuningConfig, export_standalone
+from peft_ptuning_ext import export_standalone
 
 
 NEW = 8
@@ -49,7 +49,7 @@ class Exported:
 @pytest.fixture(scope="module", name="exported")
 def _exported(tmp_path_factory) -> Exported:
     torch.manual_seed(0)
-    config = PTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=V, encoder_hidden_size=8)
+    config = make_config("CAUSAL_LM", encoder_hidden_size=8)
     # The kernels of ONNX Runtime take heads of 16.
     model = get_peft_model(make_model("Llama", "CAUSAL_LM", vocab_size=SIZE, head_dim=16), config).eval()
     with torch.no_grad():

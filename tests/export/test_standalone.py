@@ -15,6 +15,7 @@ import torch
 from families import make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from making import make_config
 from peft import LoraConfig, PeftModel, get_peft_model
 from reference import V, main_output
 from safetensors.torch import load_file
@@ -74,7 +75,7 @@ class Case:
             # Its embedding multiplies rows, and not all bfloat16 vectors are the product of one. These are.
             start = {"prompt_tuning_init": "SAMPLE_VOCAB"}
             return get_peft_model(base, PTuningConfig(task_type=task_type, num_virtual_tokens=V, **start)).eval()
-        config = PTuningConfig(task_type=task_type, num_virtual_tokens=V, encoder_hidden_size=8)
+        config = make_config(task_type, encoder_hidden_size=8)
         model = get_peft_model(base, config).eval()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -375,11 +376,11 @@ def test_what_can_not_be_exported_is_refused_and_leaves_no_file(tmp_path) -> Non
 
 
 def test_trained_modules_go_along_and_another_adapter_stays_out(tmp_path) -> None:
-    config = PTuningConfig(num_virtual_tokens=V, task_type="CAUSAL_LM", modules_to_save=["lm_head"])
+    config = make_config("CAUSAL_LM", modules_to_save=["lm_head"])
     model = get_peft_model(make_model("Mistral", "CAUSAL_LM", vocab_size=SIZE), config).eval()
     with torch.no_grad():
         model.get_base_model().lm_head.modules_to_save["default"].weight.add_(1)
-    model.add_adapter("other", PTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
+    model.add_adapter("other", make_config("CAUSAL_LM", 3))
     tokenizer = make_tokenizer("Gemma")
     with torch.no_grad():
         expected = model(**tokenizer(TEXTS[0], return_tensors="pt")).logits
@@ -411,7 +412,7 @@ def test_heads_with_parts_that_are_no_bias(tmp_path) -> None:
     sizes = {"hidden_size": 32, "embedding_size": 16, "intra_bottleneck_size": 16, "num_hidden_layers": 2}
     sizes |= {"vocab_size": SIZE, "num_attention_heads": 4, "intermediate_size": 48, "pad_token_id": 0}
     base = MobileBertForMaskedLM(MobileBertConfig(**sizes)).eval()
-    model = get_peft_model(base, PTuningConfig(num_virtual_tokens=V)).eval()
+    model = get_peft_model(base, make_config()).eval()
     tokenizer = make_tokenizer("BERT")
     export_standalone(model, tokenizer, tmp_path)
     loaded = AutoModelForMaskedLM.from_pretrained(tmp_path)
@@ -428,8 +429,8 @@ def test_heads_with_parts_that_are_no_bias(tmp_path) -> None:
 @torch.no_grad()
 def test_trained_modules_of_this_and_of_another_adapter(family, task, modules, tmp_path) -> None:
     base = make_model(family, task, vocab_size=SIZE, pad_token_id=0)
-    model = get_peft_model(base, PTuningConfig(num_virtual_tokens=V)).eval()
-    model.add_adapter("trained", PTuningConfig(num_virtual_tokens=V, modules_to_save=modules))
+    model = get_peft_model(base, make_config()).eval()
+    model.add_adapter("trained", make_config(modules_to_save=modules))
     for name, parameter in model.named_parameters():
         if "modules_to_save.trained" in name:
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -449,7 +450,7 @@ def test_a_vocabulary_that_is_not_the_embeddings_is_refused(tmp_path) -> None:
     sizes |= {"num_key_value_heads": 2, "intermediate_size": 48, "pad_token_id": 0}
     stacks = {"encoder": T5GemmaModuleConfig(**sizes), "decoder": T5GemmaModuleConfig(**sizes)}
     base = T5GemmaForConditionalGeneration(T5GemmaConfig(**stacks, vocab_size=SIZE))
-    model = get_peft_model(base, PTuningConfig(num_virtual_tokens=V))
+    model = get_peft_model(base, make_config())
     with pytest.raises(ValueError, match="the vocabulary of its config is not that of the embedding"):
         export_standalone(model, make_tokenizer("GPT-2"), tmp_path / "out")
     with pytest.raises(ValueError, match="gives ids up to 299, and the model has 99 embeddings"):

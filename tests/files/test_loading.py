@@ -18,6 +18,7 @@ import torch
 import transformers
 from accelerate import disk_offload
 from families import TASKS, make_model
+from making import make_adapted, make_config
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from reference import V, main_output, make_batch
 from transformers import LlamaForCausalLM
@@ -31,7 +32,7 @@ WEIGHTS = "adapter_model.safetensors"
 @pytest.fixture(name="saved")
 def _saved(tmp_path: Path) -> Path:
     """A saved MLP adapter of a BERT classifier."""
-    config = PTuningConfig(num_virtual_tokens=V, encoder_hidden_size=8, task_type="SEQ_CLS")
+    config = make_config("SEQ_CLS", encoder_hidden_size=8)
     get_peft_model(make_model("BERT", "SEQ_CLS"), config).save_pretrained(tmp_path / "adapter")
     return tmp_path / "adapter"
 
@@ -166,19 +167,18 @@ def test_loading_never_runs_a_tokenizer(saved, monkeypatch) -> None:
 @pytest.mark.parametrize("compress", [torch.float32, torch.bfloat16])
 def test_a_prompt_starts_at_that_of_another_task(encoder, compress, tmp_path) -> None:
     """A causal LM's prompt on a classifier and on the bare backbone, and a classifier's on one with more labels."""
-    config = PTuningConfig(num_virtual_tokens=V, encoder_hidden_size=8, encoder_dropout=0.5, task_type="CAUSAL_LM")
+    config = make_config("CAUSAL_LM", encoder_hidden_size=8, encoder_dropout=0.5)
     trained = get_peft_model(make_model("Llama", "CAUSAL_LM"), config).eval()
     trained.save_pretrained(tmp_path / "generates")
     change_weights(tmp_path / "generates", lambda weights: {k: v.to(compress) for k, v in weights.items()})
     expected = PeftModel.from_pretrained(make_model("Llama", "CAUSAL_LM"), tmp_path / "generates").prompt_embeddings()
 
     def start(task: str, folder: str, **options) -> PeftModel:
-        config = PTuningConfig(
-            num_virtual_tokens=V,
+        config = make_config(
+            task,
             encoder_reparameterization_type=encoder,
             prompt_tuning_init="ADAPTER",
             prompt_tuning_init_adapter=tmp_path / folder,
-            task_type=task,
         )
         return get_peft_model(make_model("Llama", task, **options), config).eval()
 
@@ -214,9 +214,7 @@ def test_a_prompt_starts_at_that_of_stock_peft(submodules, tmp_path) -> None:
     )
     expected = stock.get_prompt_embedding_to_save("default")[:V]
     stock.save_pretrained(tmp_path)
-    config = PTuningConfig(
-        num_virtual_tokens=V, prompt_tuning_init="ADAPTER", prompt_tuning_init_adapter=str(tmp_path)
-    )
+    config = make_config(prompt_tuning_init="ADAPTER", prompt_tuning_init_adapter=str(tmp_path))
     assert torch.equal(get_peft_model(make_model("Llama", "SEQ_CLS"), config).prompt_embeddings(), expected)
 
 
@@ -241,7 +239,7 @@ def test_a_start_that_can_not_be_read_leaves_the_model_as_it_was(case, saved) ->
     break_it(saved)
     base = make_model("BERT", "SEQ_CLS", **({"hidden_size": 16} if case == "another width" else {}))
     before = [(name, type(module)) for name, module in base.named_modules()]
-    config = PTuningConfig(num_virtual_tokens=V, prompt_tuning_init="ADAPTER", prompt_tuning_init_adapter=str(saved))
+    config = make_config(prompt_tuning_init="ADAPTER", prompt_tuning_init_adapter=str(saved))
     with pytest.raises(ValueError, match=message):
         get_peft_model(base, config)
     assert [(name, type(module)) for name, module in base.named_modules()] == before
@@ -251,19 +249,19 @@ def test_a_start_that_can_not_be_read_leaves_the_model_as_it_was(case, saved) ->
 @pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time:UserWarning")
 def test_get_peft_model_twice() -> None:
     base = make_model("BERT", "SEQ_CLS")
-    model = get_peft_model(base, PTuningConfig(num_virtual_tokens=V)).eval()
+    model = get_peft_model(base, make_config()).eval()
     batch = make_batch("BERT", "SEQ_CLS")
     expected = main_output(model(**batch))
     with pytest.raises(ValueError, match="has an adapter named 'default' already"):
-        get_peft_model(base, PTuningConfig(num_virtual_tokens=V + 1))
+        get_peft_model(base, make_config(length=V + 1))
     with pytest.raises(ValueError, match="is a PeftModel already"):
-        get_peft_model(model, PTuningConfig(num_virtual_tokens=V + 1), adapter_name="other")
+        get_peft_model(model, make_config(length=V + 1), adapter_name="other")
     assert model.peft_config["default"].num_virtual_tokens == V
     assert torch.equal(main_output(model(**batch)), expected)
 
 
 def test_an_unknown_adapter_name() -> None:
-    model = get_peft_model(make_model("BERT", "SEQ_CLS"), PTuningConfig(num_virtual_tokens=V))
+    model = get_peft_model(make_model("BERT", "SEQ_CLS"), make_config())
     with pytest.raises(ValueError, match="there not found"):
         model.set_adapter("there")
     with pytest.raises(ValueError, match=r"no adapter 'there', only \['default'\]"):
@@ -291,8 +289,8 @@ def test_no_memory_is_taken_for_a_length_that_the_weights_do_not_have(saved) -> 
 
 def test_an_injection_that_fails_late_leaves_the_model_as_it_was() -> None:
     base = make_model("BERT", "SEQ_CLS")
-    model = get_peft_model(base, PTuningConfig(num_virtual_tokens=V))
-    untrainable = PTuningConfig(num_virtual_tokens=V, modules_to_save=["classifier", "encoder.layer"])
+    model = get_peft_model(base, make_config())
+    untrainable = make_config(modules_to_save=["classifier", "encoder.layer"])
     with pytest.raises(TypeError, match="ModuleList"):
         model.add_adapter("other", untrainable)
     assert list(model.peft_config) == ["default"]
@@ -309,19 +307,19 @@ def test_an_injection_that_fails_late_leaves_the_model_as_it_was() -> None:
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute in the model:UserWarning")
 def test_a_further_adapter_that_fails_in_transformers_leaves_no_name_behind() -> None:
     model = make_model("BERT", "SEQ_CLS")
-    model.add_adapter(PTuningConfig(num_virtual_tokens=V))
+    model.add_adapter(make_config())
     with pytest.raises(TypeError, match="ModuleList"):
-        model.add_adapter(PTuningConfig(num_virtual_tokens=V, modules_to_save=["encoder.layer"]), "other")
+        model.add_adapter(make_config(modules_to_save=["encoder.layer"]), "other")
     assert list(model.peft_config) == ["default"]
-    model.add_adapter(PTuningConfig(num_virtual_tokens=V), "other")
+    model.add_adapter(make_config(), "other")
 
 
 @pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time:UserWarning")
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute in the model:UserWarning")
 def test_unloading_a_model_that_had_an_injected_adapter() -> None:
     base = make_model("BERT", "SEQ_CLS")
-    base.add_adapter(PTuningConfig(num_virtual_tokens=V))
-    model = get_peft_model(base, PTuningConfig(num_virtual_tokens=V + 1), adapter_name="second")
+    base.add_adapter(make_config())
+    model = get_peft_model(base, make_config(length=V + 1), adapter_name="second")
     assert len(model.prompt_embeddings("default")) == V
     untouched = make_model("BERT", "SEQ_CLS")
     unloaded = [(n, type(m)) for n, m in model.unload().named_modules()]
@@ -351,16 +349,16 @@ def test_the_task_type_of_another_kind_of_model_is_refused(family, task, task_ty
     before, expected = state_of(base), main_output(base(**batch))
     message = f"`task_type` is '{task_type}', and {type(base).__name__} lacks `prepare_inputs_for_generation`"
     with pytest.raises(ValueError, match=message):
-        get_peft_model(base, PTuningConfig(num_virtual_tokens=V, task_type=task_type))
+        get_peft_model(base, make_config(task_type))
     assert state_of(base) == before
     assert torch.equal(main_output(base(**batch)), expected)
 
-    model = get_peft_model(base, PTuningConfig(num_virtual_tokens=V, task_type=task)).eval()
+    model = get_peft_model(base, make_config(task)).eval()
     adapted = main_output(model(**batch))
     assert not torch.equal(adapted, expected)
     names = set(model.state_dict())
     with pytest.raises(ValueError, match=message):
-        model.add_adapter("other", PTuningConfig(num_virtual_tokens=V, task_type=task_type))
+        model.add_adapter("other", make_config(task_type))
     assert (set(model.state_dict()), list(model.peft_config)) == (names, ["default"])
     assert torch.equal(main_output(model(**batch)), adapted)
 
@@ -395,16 +393,16 @@ def test_a_module_around_a_model_has_no_task_type() -> None:
         before = [(name, type(module)) for name, module in base.named_modules()]
         message = f"`task_type` is '{task_type}', and Rewarding lacks .*`return_dict`.* leave `task_type` out"
         with pytest.raises(ValueError, match=message):
-            get_peft_model(base, PTuningConfig(num_virtual_tokens=V, task_type=task_type))
+            get_peft_model(base, make_config(task_type))
         assert [(name, type(module)) for name, module in base.named_modules()] == before
         assert all(parameter.requires_grad for parameter in base.parameters())
 
     batch = make_batch("BERT", "FEATURE_EXTRACTION")
     expected = base(**batch)
-    model = get_peft_model(base, PTuningConfig(num_virtual_tokens=V, modules_to_save=["score"])).eval()
+    model = get_peft_model(base, make_config(modules_to_save=["score"])).eval()
     assert not torch.equal(model(**batch), expected)
     delegating = Delegating(make_model("BERT", "FEATURE_EXTRACTION"))
-    model = get_peft_model(delegating, PTuningConfig(num_virtual_tokens=V, task_type="SEQ_CLS")).eval()
+    model = get_peft_model(delegating, make_config("SEQ_CLS")).eval()
     assert model(**batch).shape == expected.shape
     with pytest.raises(ValueError, match="Delegating lacks `prepare_inputs_for_generation`"):
         get_peft_model(Delegating(make_model("BERT", "FEATURE_EXTRACTION")), PTuningConfig(task_type="CAUSAL_LM"))
@@ -415,11 +413,11 @@ def test_a_refused_adapter_leaves_transformers_methods_as_they_were() -> None:
     model, batch = make_model("BERT", "SEQ_CLS"), make_batch("BERT", "SEQ_CLS")
     before = state_of(model)
     with pytest.raises(ValueError, match="has 64 positions"):
-        model.add_adapter(PTuningConfig(num_virtual_tokens=64))
+        model.add_adapter(make_config(length=64))
     assert state_of(model) == before
-    model.add_adapter(PTuningConfig(num_virtual_tokens=V, modules_to_save=["classifier"]))
+    model.add_adapter(make_config(modules_to_save=["classifier"]))
     expected, before = main_output(model.eval()(**batch)), state_of(model)
-    for bad in (PTuningConfig(num_virtual_tokens=64), PTuningConfig(modules_to_save=["encoder.layer"])):
+    for bad in (make_config(length=64), PTuningConfig(modules_to_save=["encoder.layer"])):
         with pytest.raises((TypeError, ValueError)):
             model.add_adapter(bad, "other")
         assert state_of(model) == before
@@ -434,7 +432,7 @@ def test_a_refused_prompt_leaves_the_head_of_a_lora() -> None:
     with torch.no_grad():
         model.classifier.modules_to_save["low_rank"].weight.add_(1.0)
     expected, before = main_output(model.eval()(**batch)), state_of(model)
-    for bad in (PTuningConfig(num_virtual_tokens=64), PTuningConfig(modules_to_save=["encoder.layer"])):
+    for bad in (make_config(length=64), PTuningConfig(modules_to_save=["encoder.layer"])):
         with pytest.raises((TypeError, ValueError)):
             model.add_adapter(bad, "prompt")
         assert state_of(model) == before
@@ -446,15 +444,15 @@ def test_a_name_that_another_model_around_the_backbone_has_is_refused() -> None:
     policy, reward = make_model("Llama", "CAUSAL_LM"), make_model("Llama", "SEQ_CLS")
     reward.model = policy.model
     batch = make_batch("Llama", "CAUSAL_LM")
-    model = get_peft_model(policy, PTuningConfig(num_virtual_tokens=V, task_type="CAUSAL_LM")).eval()
+    model = get_peft_model(policy, make_config("CAUSAL_LM")).eval()
     expected, before = main_output(model(**batch)), state_of(reward)
     with pytest.raises(ValueError, match="LlamaForSequenceClassification has an adapter named 'default' already"):
-        get_peft_model(reward, PTuningConfig(num_virtual_tokens=V + 1, task_type="SEQ_CLS"))
+        get_peft_model(reward, make_config("SEQ_CLS", V + 1))
     with pytest.raises(ValueError, match="LlamaForSequenceClassification has an adapter named 'default' already"):
-        reward.add_adapter(PTuningConfig(num_virtual_tokens=V + 1))
+        reward.add_adapter(make_config(length=V + 1))
     assert state_of(reward) == before
     assert torch.equal(main_output(model(**batch)), expected)
-    reward.add_adapter(PTuningConfig(num_virtual_tokens=V + 1), "reward")
+    reward.add_adapter(make_config(length=V + 1), "reward")
     assert main_output(reward.eval()(**batch)).isfinite().all()
 
 
@@ -462,7 +460,7 @@ def test_a_name_that_another_model_around_the_backbone_has_is_refused() -> None:
 def test_the_embedding_cannot_be_saved_beside_its_prompt(name) -> None:
     base = make_model("BERT", "SEQ_CLS")
     with pytest.raises(ValueError, match=f"`modules_to_save` names '{name}', which holds the input embedding"):
-        get_peft_model(base, PTuningConfig(num_virtual_tokens=V, modules_to_save=[name]))
+        get_peft_model(base, make_config(modules_to_save=[name]))
     assert type(base.bert.embeddings.word_embeddings) is torch.nn.Embedding
 
 
@@ -481,9 +479,7 @@ def test_an_adapter_for_each_row_is_refused() -> None:
 
 
 def test_padding_takes_no_position() -> None:
-    model = get_peft_model(
-        make_model("GPT-2", "CAUSAL_LM", n_positions=10), PTuningConfig(num_virtual_tokens=V)
-    ).eval()
+    model = get_peft_model(make_model("GPT-2", "CAUSAL_LM", n_positions=10), make_config()).eval()
     mask = torch.tensor([[0, 0, 0, 0, 1, 1, 1]])
     padded = model(input_ids=torch.full((1, 7), 7), attention_mask=mask).logits[:, 4:]
     torch.testing.assert_close(padded, model(input_ids=torch.full((1, 3), 7)).logits, rtol=0, atol=1e-5)
@@ -494,7 +490,7 @@ def test_padding_takes_no_position() -> None:
 @pytest.mark.parametrize(("family", "task"), [("BERT", "SEQ_CLS"), ("RoBERTa", "SEQ_CLS"), ("OPT", "CAUSAL_LM")])
 def test_a_text_too_long_for_the_positions_names_both_numbers(family, task) -> None:
     positions = 62 if family == "RoBERTa" else 64  # RoBERTa's first two are taken
-    model = get_peft_model(make_model(family, task), PTuningConfig(num_virtual_tokens=V, task_type=task)).eval()
+    model = make_adapted(family, task)
     fits = torch.full((1, positions - V), 7)
     assert main_output(model(input_ids=fits)).shape[0] == 1
     text = positions - V + 1
@@ -504,7 +500,7 @@ def test_a_text_too_long_for_the_positions_names_both_numbers(family, task) -> N
         with pytest.raises(ValueError, match=f"has {positions}"):
             model.generate(fits, max_new_tokens=5, do_sample=False)
     with pytest.raises(ValueError, match=f"`num_virtual_tokens` is {positions}, and .* has {positions} positions"):
-        get_peft_model(make_model(family, task), PTuningConfig(num_virtual_tokens=positions, task_type=task))
+        get_peft_model(make_model(family, task), make_config(task, positions))
 
 
 @pytest.mark.parametrize(
@@ -520,7 +516,7 @@ def test_a_text_too_long_for_the_positions_names_both_numbers(family, task) -> N
     ],
 )
 def test_what_would_be_silently_wrong_is_refused(arguments, message) -> None:
-    model = get_peft_model(make_model("Llama", "CAUSAL_LM"), PTuningConfig(num_virtual_tokens=V)).eval()
+    model = get_peft_model(make_model("Llama", "CAUSAL_LM"), make_config()).eval()
     batch = make_batch("Llama", "CAUSAL_LM", lengths=(7, 7)) | arguments
     model.get_base_model().set_attn_implementation("sdpa")  # the prompt is concatenated then
     assert "changed to 'sdpa'" in model.prompt_route
@@ -560,7 +556,7 @@ def test_a_vocabulary_resized_in_memory_is_told_when_saving(family, task, saved_
     make_model(family, task).save_pretrained(tmp_path / "base")
     base = auto_class.from_pretrained(tmp_path / "base")
     base.resize_token_embeddings(110, mean_resizing=False)
-    model = get_peft_model(base, PTuningConfig(num_virtual_tokens=V, task_type=task)).eval()
+    model = get_peft_model(base, make_config(task)).eval()
     with pytest.warns(UserWarning, match=r"resized from 99 to 110 rows in memory only.*resize_token_embeddings\(110"):
         model.save_pretrained(tmp_path / "adapter")
     weights = safetensors.torch.load_file(tmp_path / "adapter" / WEIGHTS)
@@ -575,9 +571,7 @@ def test_a_vocabulary_resized_in_memory_is_told_when_saving(family, task, saved_
     torch.testing.assert_close(main_output(loaded(**batch)), main_output(model(**batch)), rtol=0, atol=1e-6)
     base = model.unload()
     base.save_pretrained(tmp_path / "resized")
-    again = get_peft_model(
-        auto_class.from_pretrained(tmp_path / "resized"), PTuningConfig(num_virtual_tokens=V, task_type=task)
-    )
+    again = get_peft_model(auto_class.from_pretrained(tmp_path / "resized"), make_config(task))
     again.save_pretrained(tmp_path / "again")  # a warning would be an error
     PeftModel.from_pretrained(auto_class.from_pretrained(tmp_path / "resized"), tmp_path / "again")
 
@@ -585,7 +579,7 @@ def test_a_vocabulary_resized_in_memory_is_told_when_saving(family, task, saved_
 def test_a_vocabulary_that_is_saved_as_it_was_is_no_reason_to_warn(tmp_path) -> None:
     make_model("Llama", "CAUSAL_LM").save_pretrained(tmp_path / "base")
     base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
-    model = get_peft_model(base, PTuningConfig(num_virtual_tokens=V, task_type="CAUSAL_LM"))
+    model = get_peft_model(base, make_config("CAUSAL_LM"))
     model.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
     assert len(safetensors.torch.load_file(tmp_path / "adapter" / WEIGHTS)) == 3
     PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
@@ -597,7 +591,7 @@ def test_a_head_that_counts_batches_is_loaded(tmp_path) -> None:
         base.classifier = torch.nn.Sequential(torch.nn.BatchNorm1d(32), torch.nn.Linear(32, 2))
         return base
 
-    config = PTuningConfig(num_virtual_tokens=V, task_type="SEQ_CLS")
+    config = make_config("SEQ_CLS")
     model = get_peft_model(make(), config)
     model(**make_batch("BERT", "SEQ_CLS"))
     model.save_pretrained(tmp_path)
@@ -649,7 +643,7 @@ def test_a_save_that_is_killed_leaves_a_whole_adapter(tmp_path) -> None:
 
 def test_a_config_that_can_not_be_written_leaves_the_old_one(saved, monkeypatch) -> None:
     before = (saved / "adapter_config.json").read_bytes()
-    config = PTuningConfig(num_virtual_tokens=9)
+    config = make_config(length=9)
     monkeypatch.setattr(PTuningConfig, "to_dict", lambda self: {"a": 1, "b": object()})
     with pytest.raises(TypeError):
         config.save_pretrained(saved)
@@ -724,7 +718,7 @@ def test_a_prompt_is_loaded_beside_an_embedding_on_disk(encoder, offloaded, tmp_
 def test_unloading_a_prompt_leaves_the_device_map_as_it_was(offloaded) -> None:
     base = offloaded("Llama", "CAUSAL_LM", ON_DISK)
     before = dict(base.hf_device_map)
-    model = get_peft_model(base, PTuningConfig(num_virtual_tokens=V))
+    model = get_peft_model(base, make_config())
     assert base.hf_device_map != before
     assert model.unload().hf_device_map == before
 

@@ -9,13 +9,12 @@ import torch
 import transformers as tf
 from accelerate import cpu_offload
 from families import DECODER_SIZES, ENCODER_SIZES, make_model
+from making import make_adapted, make_config
 from peft import PeftModel, get_peft_model
 from reference import V, concatenated, main_output, make_batch
 from torch import nn
 from transformers.models.kosmos2.modeling_kosmos2 import Kosmos2TextForCausalLM
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
-
-from peft_ptuning_ext import PTuningConfig
 
 
 IMAGE, VISION_START = 90, 91
@@ -126,7 +125,7 @@ def test_vision_language_models(make, make_inputs) -> None:
     inputs = make_inputs()
     base = make()
     plain = base(**inputs).logits
-    model = get_peft_model(make(), PTuningConfig(num_virtual_tokens=V, task_type="CAUSAL_LM")).eval()
+    model = get_peft_model(make(), make_config("CAUSAL_LM")).eval()
     output = model(**inputs).logits
     assert output.shape == plain.shape
     assert not torch.allclose(output, plain)
@@ -151,7 +150,7 @@ def test_vision_language_models(make, make_inputs) -> None:
 @pytest.mark.parametrize("make", [make_qwen2_vl, make_qwen3_vl])
 def test_one_row_with_an_image_trains(make, use_reentrant) -> None:
     inputs, base = qwen2_vl_inputs(), make()
-    model = get_peft_model(make(), PTuningConfig(num_virtual_tokens=V, task_type="CAUSAL_LM")).eval()
+    model = get_peft_model(make(), make_config("CAUSAL_LM")).eval()
     prompt = model.prompt_embeddings().detach().requires_grad_()
     expected = concatenate_in_text_model(base, prompt, inputs)
     expected.square().sum().backward()
@@ -191,7 +190,7 @@ def test_masks_of_image_tokens_are_the_models_own(attn_implementation) -> None:
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": (ids == IMAGE).long()}
     inputs["pixel_values"] = torch.randn(2, 3, 8, 8)
     base = make_gemma3(attn_implementation)
-    model = get_peft_model(make_gemma3(attn_implementation), PTuningConfig(num_virtual_tokens=V)).eval()
+    model = get_peft_model(make_gemma3(attn_implementation), make_config()).eval()
     assert model.prompt_route == "shared"
     text, prompt = base.model.language_model, model.prompt_embeddings()
     forward, total = text.forward, V + ids.shape[1]
@@ -231,7 +230,7 @@ def test_masks_of_image_tokens_are_the_models_own(attn_implementation) -> None:
 
 @torch.no_grad()
 def test_multimodal_positions_are_moved_on_by_the_prompt() -> None:
-    model = get_peft_model(make_qwen2_vl(), PTuningConfig(num_virtual_tokens=V, task_type="CAUSAL_LM")).eval()
+    model = get_peft_model(make_qwen2_vl(), make_config("CAUSAL_LM")).eval()
     text = model.get_base_model().model.language_model
     seen = []
     text.rotary_emb.register_forward_pre_hook(lambda module, args: seen.append(args[1]))
@@ -248,9 +247,7 @@ def test_multimodal_positions_are_moved_on_by_the_prompt() -> None:
 @pytest.mark.parametrize("family", ["Mixtral", "Qwen3-MoE"])
 @torch.no_grad()
 def test_router_loss_is_over_the_users_tokens(family) -> None:
-    model = get_peft_model(
-        make_model(family, "CAUSAL_LM"), PTuningConfig(num_virtual_tokens=V, task_type="CAUSAL_LM")
-    ).eval()
+    model = make_adapted(family)
     base = model.get_base_model()
     batch = make_batch(family, "CAUSAL_LM")
     outputs = model(**batch, labels=batch["input_ids"], output_router_logits=True)
@@ -290,7 +287,7 @@ def test_decoders_that_count_in_their_own_way(name) -> None:
     for parameter in base.parameters():
         if parameter.dim() > 1:
             nn.init.normal_(parameter, std=0.2)
-    model = get_peft_model(base, PTuningConfig(num_virtual_tokens=V, task_type="CAUSAL_LM")).eval()
+    model = get_peft_model(base, make_config("CAUSAL_LM")).eval()
     ids = torch.randint(5, 99, (1, 4))
     arguments = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     alone = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **arguments)
@@ -334,7 +331,7 @@ def test_what_only_a_pass_finds_out_is_concatenated_from_then_on(reason) -> None
         nn.init.normal_(parameter, std=0.2)
     ids = torch.randint(5, 99, (2, 8))
     embeds = base.get_input_embeddings()(ids)
-    model = get_peft_model(base, PTuningConfig(num_virtual_tokens=V, task_type="CAUSAL_LM")).eval()
+    model = get_peft_model(base, make_config("CAUSAL_LM")).eval()
     assert model.prompt_route == "shared"
     logits, again = model(input_ids=ids).logits, model(input_ids=ids).logits
     assert model.prompt_route.startswith("concatenated: ")
@@ -349,7 +346,7 @@ def test_what_only_a_pass_finds_out_is_concatenated_from_then_on(reason) -> None
 
 def test_a_model_that_scales_embeddings_in_place_leaves_the_prompt_alone() -> None:
     config = tf.CTRLConfig(**SIZES, n_embd=32, n_layer=2, n_head=4, dff=48, n_positions=64)
-    model = get_peft_model(tf.CTRLLMHeadModel(config), PTuningConfig(num_virtual_tokens=V)).eval()
+    model = get_peft_model(tf.CTRLLMHeadModel(config), make_config()).eval()
     prompt, ids = model.prompt_embeddings().clone(), torch.randint(5, 99, (2, 8))
     model(input_ids=ids).logits.sum().backward()
     with torch.no_grad():
@@ -398,8 +395,8 @@ def test_a_prompt_that_starts_at_tokens_is_those_tokens_in_front(name) -> None:
     """Of models that scale the embeddings of ids only, or count positions in a way of their own."""
     torch.manual_seed(0)
     if name in SCALING_MODELS:
-        make, make_config = SCALING_MODELS[name]
-        base, others = make(make_config(**SCALED)).eval(), {"decoder_input_ids": torch.randint(5, 99, (2, 4))}
+        make, config_class = SCALING_MODELS[name]
+        base, others = make(config_class(**SCALED)).eval(), {"decoder_input_ids": torch.randint(5, 99, (2, 4))}
     else:
         make, config = UNUSUAL_CAUSAL_MODELS[name]
         base, others = make(config).eval(), {}
@@ -409,7 +406,7 @@ def test_a_prompt_that_starts_at_tokens_is_those_tokens_in_front(name) -> None:
     front, ids = torch.randint(5, 99, (V,)), torch.randint(5, 99, (2, 7))
     expected = base(input_ids=torch.cat([front.expand(2, -1), ids], dim=1), **others).logits
     expected = expected if others else expected[:, V:]
-    model = get_peft_model(base, PTuningConfig(num_virtual_tokens=V)).eval()
+    model = get_peft_model(base, make_config()).eval()
     layer = model.base_model._layer()
     layer.ptuning_encoders["default"].start_at(layer.embed_ids(front))
     torch.testing.assert_close(model(input_ids=ids, **others).logits, expected, rtol=0, atol=1e-5)
@@ -417,7 +414,7 @@ def test_a_prompt_that_starts_at_tokens_is_those_tokens_in_front(name) -> None:
 
 @torch.no_grad()
 def test_left_padding_in_an_encoder_with_relative_positions() -> None:
-    model = get_peft_model(make_model("T5", "SEQ_2_SEQ_LM"), PTuningConfig(num_virtual_tokens=V)).eval()
+    model = get_peft_model(make_model("T5", "SEQ_2_SEQ_LM"), make_config()).eval()
     ids = torch.randint(5, 99, (1, 4))
     padded_ids, mask = torch.cat([torch.zeros(1, 5).long(), ids], dim=1), (torch.arange(9) >= 5).long()[None]
     arguments = {"decoder_input_ids": ids}
@@ -439,7 +436,7 @@ def test_an_encoder_decoder_inside_a_vision_language_model() -> None:
         num_query_tokens=2,
         image_token_index=IMAGE,
     )
-    model = get_peft_model(tf.Blip2ForConditionalGeneration(config), PTuningConfig(num_virtual_tokens=V)).eval()
+    model = get_peft_model(tf.Blip2ForConditionalGeneration(config), make_config()).eval()
     pixels = torch.randn(1, 3, 8, 8)
     ids = torch.tensor([[IMAGE, IMAGE, 5, 6, 7]])
     padded, decoder_ids = torch.cat([ids, torch.zeros(1, 3).long()], dim=1), torch.tensor([[0, 8, 9]])
@@ -455,12 +452,12 @@ def test_an_encoder_decoder_inside_a_vision_language_model() -> None:
 @torch.no_grad()
 def test_a_model_whose_embedding_is_offloaded(tmp_path) -> None:
     batch = make_batch("Llama", "CAUSAL_LM")
-    adapted = get_peft_model(make_model("Llama", "CAUSAL_LM"), PTuningConfig(num_virtual_tokens=V)).eval()
+    adapted = get_peft_model(make_model("Llama", "CAUSAL_LM"), make_config()).eval()
     expected = main_output(adapted(**batch))
     adapted.save_pretrained(tmp_path)
     model = PeftModel.from_pretrained(cpu_offload(make_model("Llama", "CAUSAL_LM"), "cpu"), tmp_path)
     torch.testing.assert_close(main_output(model(**batch)), expected, rtol=0, atol=1e-6)
-    fresh = get_peft_model(cpu_offload(make_model("Llama", "CAUSAL_LM"), "cpu"), PTuningConfig(num_virtual_tokens=V))
+    fresh = get_peft_model(cpu_offload(make_model("Llama", "CAUSAL_LM"), "cpu"), make_config())
     assert not fresh.prompt_embeddings().is_meta
     assert fresh(**batch).logits.isfinite().all()
 
@@ -472,7 +469,7 @@ def test_a_backbone_that_adds_positions_of_its_own_is_refused_when_it_does() -> 
         vision_config={"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
         | {"image_size": 8, "patch_size": 4},
     )
-    model = get_peft_model(tf.GitForCausalLM(config), PTuningConfig(num_virtual_tokens=V)).eval()
+    model = get_peft_model(tf.GitForCausalLM(config), make_config()).eval()
     ids = torch.randint(5, 99, (2, 6))
     assert model(input_ids=ids).logits.shape == (2, 6, 99)
     with pytest.raises(ValueError, match="adds or merges positions"):
@@ -483,7 +480,7 @@ def test_a_backbone_that_adds_positions_of_its_own_is_refused_when_it_does() -> 
 def test_task_types_are_per_token_and_a_prompt_has_the_default_one() -> None:
     torch.manual_seed(0)
     base = tf.ErnieModel(tf.ErnieConfig(**ENCODER_SIZES, use_task_id=True)).eval()
-    model = get_peft_model(base, PTuningConfig(num_virtual_tokens=V)).eval()
+    model = get_peft_model(base, make_config()).eval()
     batch = make_batch("BERT", "FEATURE_EXTRACTION")
     types = torch.zeros_like(batch["input_ids"])
     assert torch.equal(main_output(model(**batch, task_type_ids=types)), main_output(model(**batch)))
@@ -500,7 +497,7 @@ def test_a_model_inside_another_module() -> None:
         def forward(self, **kwargs):
             return self.inner(**kwargs)
 
-    model = get_peft_model(Wrapper(), PTuningConfig(num_virtual_tokens=V)).eval()
+    model = get_peft_model(Wrapper(), make_config()).eval()
     batch = make_batch("BERT", "TOKEN_CLS")
     base = make_model("BERT", "TOKEN_CLS").requires_grad_(False)  # torch multiplies by frozen weights in another way
     expected = concatenated(base, "TOKEN_CLS", model.prompt_embeddings(), batch)
@@ -629,7 +626,7 @@ def test_what_cannot_work_is_refused_and_left_untouched(case) -> None:
     before = [(name, type(module)) for name, module in model.named_modules()]
     requires_grad = [parameter.requires_grad for parameter in model.parameters()]
     with pytest.raises(ValueError, match="P-tuning can't be applied to.*" + message):
-        get_peft_model(model, PTuningConfig(num_virtual_tokens=2))
+        get_peft_model(model, make_config(length=2))
     assert [(name, type(module)) for name, module in model.named_modules()] == before
     assert [parameter.requires_grad for parameter in model.parameters()] == requires_grad
     assert not hasattr(model, "peft_config")
@@ -639,7 +636,7 @@ def test_what_cannot_work_is_refused_and_left_untouched(case) -> None:
 def test_padded_vocabularies_and_replaced_embeddings() -> None:
     base = make_model("Llama", "CAUSAL_LM")
     base.resize_token_embeddings(120)
-    model = get_peft_model(base, PTuningConfig(num_virtual_tokens=V, task_type="CAUSAL_LM")).eval()
+    model = get_peft_model(base, make_config("CAUSAL_LM")).eval()
     assert model(input_ids=torch.tensor([[110, 111]])).logits.shape == (1, 2, 120)
     base.set_input_embeddings(nn.Embedding(130, ENCODER_SIZES["hidden_size"]))
     with pytest.raises(ValueError, match="LlamaModel was replaced after the P-tuning adapter was added"):
