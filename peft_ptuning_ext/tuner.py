@@ -136,8 +136,9 @@ class PTuningModel(BaseTuner):
     def forget_kept_prompts(self) -> None:
         """Drops the keys and values of prompts that are kept between calls.
 
-        They are dropped by themselves whenever the prompt, a weight, dtype or device changes; call this after writing
-        to weights through `parameter.data`, which leaves no trace.
+        They are dropped by themselves whenever the prompt, a weight, a hook, dtype or device changes. Call this after
+        writing to weights through `parameter.data`, or to a plain attribute such as the scale of an attention: neither
+        leaves a trace.
         """
         find_stack(self.model).ptuning.states.drop()
 
@@ -188,7 +189,7 @@ class PTuningModel(BaseTuner):
                     is_active = adapter_name in self.active_adapters
                     with keeping_requires_grad(model):
                         train_token_rows(model, adapter_name, self._token_indices, config.inference_mode, is_active)
-        except Exception:
+        except BaseException:
             # transformers has noted the name of the adapter: in the model's configs, where others may be already.
             self.peft_config.pop(adapter_name, None)
             if not hasattr(model, "peft_config"):

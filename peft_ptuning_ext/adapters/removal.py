@@ -34,6 +34,8 @@ def remove_adapters(model: nn.Module, adapter_names: Iterable[str]) -> None:
         elif isinstance(module, AuxiliaryTrainingWrapper):
             _remove_trained_copies(model, path, module, names)
     if find_layer(model) is None:
+        if find_stack(model) is not None:  # somebody has replaced the embedding, and the tuner layer with it
+            detach(model)
         restore_resizing(model)
 
 
@@ -71,7 +73,7 @@ def undone_on_error(model: nn.Module, adapter_name: str) -> Iterator[None]:
     }
     try:
         yield
-    except Exception:
+    except BaseException:
         remove_adapters(model, [adapter_name])
         for module, names in active.items():
             module.set_adapter(names)

@@ -44,6 +44,7 @@ class InFront:
         past (`int` or `torch.Tensor`): How many tokens of the text are in the cache; a tensor while compiling.
         mask (`torch.Tensor`, *optional*): The text's 2-D mask, (B, past + S).
         positions (`torch.Tensor`): The call's positions, behind the prompt's: (B or 1, S), or (3, B, S) of images.
+        masks (`dict`): Masks with the prompt's columns, which layers share.
     """
 
     prompt: Prompt
@@ -74,7 +75,7 @@ class InFront:
         if window is not None and not isinstance(self.past, torch.Tensor):
             # A window longer than the whole sequence hides nothing.
             window = None if self.past + self.queries + self.prompt.length <= window else window
-        mask = mask if mask is None else mask[..., :tokens]
+        given_mask, mask = mask, mask if mask is None else mask[..., :tokens]
         if mask is None and 1 < queries < self.queries:  # only of the last tokens
             mask = torch.ones(self.queries, tokens, dtype=torch.bool, device=key.device).tril()[None, None, -queries:]
         copied = key.numel() + len(key) * prompt_key.numel()
@@ -89,19 +90,25 @@ class InFront:
             if queries > 1:
                 mask = causal_lower_right(tokens, key.shape[2])
         else:
-            mask = self._mask(mask, queries, tokens, window, key.device)
+            mask = self._mask(given_mask, mask, queries, tokens, window, key.device)
         return attention(module, query, key, value, mask, **kwargs)
 
     def _mask(
-        self, mask: Optional[torch.Tensor], queries: int, tokens: int, window: Optional[int], device: torch.device
+        self,
+        given: Optional[torch.Tensor],
+        mask: Optional[torch.Tensor],
+        queries: int,
+        tokens: int,
+        window: Optional[int],
+        device: torch.device,
     ) -> torch.Tensor:
-        """The text's mask with the prompt's columns; the layers of a call share one for each window."""
+        """The text's mask with the prompt's columns. Layers that were `given` one mask share the result."""
         if torch.compiler.is_compiling():
             return self._widen_mask(mask, queries, tokens, window, device)
-        of_mask, widened = self.masks.get((window, queries), (self, None))
-        if of_mask is not mask:
+        of_mask, widened = self.masks.get((window, queries, tokens), (self, None))
+        if of_mask is not given:
             widened = self._widen_mask(mask, queries, tokens, window, device)
-            self.masks[window, queries] = mask, widened
+            self.masks[window, queries, tokens] = given, widened
         return widened.to(device)
 
     def _widen_mask(

@@ -123,8 +123,11 @@ class Call:
         """Whether a pass of the prompt alone is worth its time, or the only way.
 
         A single row with gradients is cheaper in one pass over V + S tokens than in two passes, which read the weights
-        twice. What a row of V + S tokens has no rule for takes the pass all the same.
+        twice. What a row of V + S tokens has no rule for takes the pass all the same. Token types are embeddings that
+        a prompt gets in the row, and would not get in a pass of its own.
         """
+        if self.given.get("token_type_ids") is not None and self.plain_mask is self.mask:
+            return False
         if not torch.is_grad_enabled() or len(self.tokens) > 1 or self.given.get(self.backbone.cache_name) is not None:
             return True
         return self.plain_mask is not self.mask or self.is_packed or bool(self.packing)

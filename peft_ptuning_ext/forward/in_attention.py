@@ -156,9 +156,10 @@ class StoredStates:
     """Keys and values of prompts, stored between calls that need no gradients, one entry for each prompt.
 
     An entry is dropped when anything that it was made of is another: the prompt's values, a tensor of the backbone (by
-    identity, address and version counter), dtype, device, autocast. Writing through `parameter.data` leaves no such
-    trace; `drop()` is for that. Nothing is stored while adapters of other methods are inside the backbone, whose state
-    has no version.
+    identity, address and version counter), hooks, dtype, device, autocast. Writing through `parameter.data` or to a
+    plain attribute, such as the scale of an attention, leaves no such trace; `drop()` is for that. Nothing is stored
+    while a module of the backbone is in training mode, nor while adapters of other methods are inside, whose state has
+    no version.
     """
 
     def __init__(self) -> None:
@@ -206,7 +207,8 @@ class StoredStates:
 def _fingerprint(stack: nn.Module, device: torch.device) -> Optional[list[tuple]]:
     """What a prompt's keys and values depend on besides the prompt; `None` if not all of it can be told."""
     kind = device.type
-    fingerprint: list[tuple] = [(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None,)]
+    fingerprint: list[tuple] = []
+    hooks: list[int] = []  # their numbers, which no two hooks share
     ours: set[nn.Module] = set()
     for module in stack.modules():
         if getattr(module, "_is_replica", False):
@@ -215,15 +217,17 @@ def _fingerprint(stack: nn.Module, device: torch.device) -> Optional[list[tuple]
             ours = {module, *module.ptuning_encoders.modules()}
         if module in ours:
             continue
-        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-            return None
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) or module.training:
+            return None  # state without a version; dropout, which is drawn anew
+        hooks += (*module._forward_pre_hooks, *module._forward_hooks)
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is None:
                 continue
             if tensor.is_inference() or tensor.is_meta:
                 return None  # no version counter; values that are elsewhere
             fingerprint.append((weakref.ref(tensor), tensor.data_ptr(), tensor._version))
-    return fingerprint
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    return [(autocast, hooks), *fingerprint]
 
 
 def _is_same(one: Optional[list[tuple]], other: Optional[list[tuple]]) -> bool:

@@ -63,7 +63,7 @@ def begin(
         # first position (2 for RoBERTa).
         is_told = call.backbone.is_causal and call.given_positions is not None
         widened["position_ids"] = layout.positions(positions, 0 if is_told else call.backbone.first_position)
-    cached_prompt = Prompt(prompt.names, prompt.length)
+    cached_prompt = Prompt(prompt.names, prompt.length, places=places)
     if call.cache is not None:
         note_prompt(call.cache, cached_prompt)
         widened[call.backbone.cache_name] = full_view(call.cache)
@@ -108,6 +108,7 @@ def go_on(forward: Callable, call: Call, why_in_row: Callable[[], Optional[str]]
     call.check_lengths(call.past - prompt.length, prompt.length, call.mask)
     widened = {}
     if call.mask is not None:
+        _check_places(call, prompt)
         widened["attention_mask"] = widen_mask(call.backbone, call.mask, prompt.length)
     if (positions := call.positions()) is not None:
         widened["position_ids"] = positions[..., -text:] + prompt.length
@@ -143,6 +144,18 @@ def _places(backbone: Backbone, mask: torch.Tensor, length: int) -> Optional[tor
     if not torch.compiler.is_compiling() and not (mask[:, 0] == 0).any():
         return None
     return leading_padding(mask).expand(-1, length)
+
+
+def _check_places(call: Call, prompt: Prompt) -> None:
+    """Refuses a text whose padding on the left goes on behind the chunk that the sequence began with."""
+    if prompt.places is None or len(prompt.places) != len(call.mask) or torch.compiler.is_compiling():
+        return
+    if (leading_padding(call.mask) > prompt.places[:, :1]).any():
+        raise ValueError(
+            f"{call.stack} got a row that begins with more padding than the first chunk of tokens had. The prompt "
+            "stands behind the first chunk's padding, and belongs behind all of it. Pass a longer first chunk, or "
+            "choose a larger `prefill_chunk_size`."
+        )
 
 
 def _check(call: Call, why_in_row: Callable[[], Optional[str]]) -> None:

@@ -9,8 +9,10 @@ a copied, pickled or replicated model, and several threads on one model, are rig
 from __future__ import annotations
 
 import functools
+import inspect
 import operator
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any, Optional
@@ -149,20 +151,46 @@ def detach(model: nn.Module) -> None:
     delattr(stack, ATTACHMENT)
 
 
+# The backbone whose own `forward` is running, if it has one that is not its class's.
+_running_own: ContextVar[Optional[nn.Module]] = ContextVar("_running_own", default=None)
+
+
 @functools.cache
 def _wrapped_class(original: type[nn.Module]) -> type[nn.Module]:
     """A class of the same name whose `forward` is `run`. A copy of a module has its class, and so is wrapped, too."""
 
     @functools.wraps(original.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        own = self.ptuning.own_forward
-        return run(self, functools.partial(original.forward, self) if own is None else own, args, kwargs)
+        attachment, forward = getattr(self, ATTACHMENT, None), functools.partial(original.forward, self)
+        if attachment is None:  # a `forward` that somebody has kept since before `detach`
+            return forward(*args, **kwargs)
+        if attachment.own_forward is None:
+            return run(self, forward, args, kwargs)
+        if _running_own.get() is self:  # the module's own `forward` calls that of its class
+            return forward(*args, **kwargs)
+        token = _running_own.set(self)
+        try:
+            return run(self, attachment.own_forward, args, kwargs)
+        finally:
+            _running_own.reset(token)
+
+    def __setattr__(self: nn.Module, name: str, value: Any) -> None:
+        # Somebody who had put a `forward` on the module puts the class's back, perhaps without its decorators. The
+        # class's is `run` now.
+        function = getattr(value, "__func__", None) if name == "forward" else None
+        if function is None or inspect.unwrap(function) is not inspect.unwrap(original.forward):
+            original.__setattr__(self, name, value)
+            return
+        if function is not forward:
+            self.ptuning.own_forward = None
+        vars(self).pop("forward", None)
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> tuple:
         return _rebuild, (original,), self.__getstate__()
 
     body = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
-    body |= {"forward": forward, "__reduce_ex__": __reduce_ex__, "ptuning_wraps": original}
+    body |= {"forward": forward, "__setattr__": __setattr__, "__reduce_ex__": __reduce_ex__}
+    body["ptuning_wraps"] = original
     return type(original.__name__, (original,), body)
 
 

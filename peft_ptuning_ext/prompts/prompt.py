@@ -25,9 +25,12 @@ class Prompt:
         length (`int`): V.
         vectors (`torch.Tensor`, *optional*): What enters the first layer, (1, V, H).
         states (`dict[int, tuple]`, *optional*): Its keys and values in every layer.
+        places (`torch.Tensor`, *optional*):
+            In a cache: the columns of the text that it stands before, (B, V); `None`: in front of all columns.
     """
 
     names: tuple[str, ...]
     length: int
     vectors: Optional[torch.Tensor] = None
     states: Optional[States] = None
+    places: Optional[torch.Tensor] = None

@@ -494,3 +494,24 @@ def test_what_a_cache_shows_of_itself_is_the_user_s() -> None:
         assert torch.equal(model(input_ids=ids, **{CACHE: mine}).logits, base)
     assert type(mine) is DynamicCache
     assert mine.get_seq_length() == 6
+
+
+@pytest.mark.parametrize("family", ["Bloom", "Mistral"])
+@torch.no_grad()
+def test_a_first_chunk_that_is_padding_in_a_row_is_refused_when_the_padding_goes_on(family) -> None:
+    model = make_adapted(family)
+    _, stack = embedding_and_backbone(model.get_base_model())
+    if family == "Mistral":
+        stack.config._attn_implementation = "eager"  # the prompt then stands in the row
+    batch = make_batch(family, "CAUSAL_LM", lengths=(20, 13, 4), pad_left=True)
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    expected = model(**batch).logits
+
+    def in_chunks(first: int) -> torch.Tensor:
+        begun = model(input_ids=ids[:, :first], attention_mask=mask[:, :first], **{CACHE: DynamicCache()})
+        rest = model(input_ids=ids[:, first:], attention_mask=mask, **{CACHE: begun.past_key_values})
+        return torch.cat([begun.logits, rest.logits], dim=1)
+
+    torch.testing.assert_close(in_chunks(17)[mask.bool()], expected[mask.bool()], rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="choose a larger `prefill_chunk_size`"):
+        in_chunks(9)

@@ -444,3 +444,46 @@ def test_queries_of_the_last_tokens_only(kernel, window, monkeypatch) -> None:
 
     for tokens in (1, 3):
         torch.testing.assert_close(attend(query[:, :, -tokens:]), attend(query)[:, -tokens:], rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_hooks_and_dropout_are_seen_by_what_is_stored() -> None:
+    model, batch = make_adapted(), make_batch("Llama", "CAUSAL_LM")
+    before = model(**batch).logits
+    handle = stack_of(model).layers[0].register_forward_hook(lambda module, args, output: output + 1.0)
+    steered = model(**batch).logits
+    model.forget_kept_prompts()
+    assert torch.equal(model(**batch).logits, steered)
+    handle.remove()
+    assert torch.equal(model(**batch).logits, before)
+    stack_of(model).layers[0].train()
+    model.forget_kept_prompts()
+    model(**batch)
+    assert kept(model) == 0
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@torch.no_grad()
+def test_layers_share_a_widened_mask(padded, monkeypatch) -> None:
+    model = make_adapted(sizes={"attn_implementation": "eager", "num_hidden_layers": 4})
+    batch = make_batch("Llama", "CAUSAL_LM", lengths=(S, S - 2 if padded else S))
+    expected = model(**batch).logits
+    calls, widen = [], attention.InFront._widen_mask
+
+    def count(self, *args):
+        calls.append(args)
+        return widen(self, *args)
+
+    monkeypatch.setattr(attention.InFront, "_widen_mask", count)
+    assert torch.equal(model(**batch).logits, expected)
+    assert len(calls) == 1
+
+
+def test_token_types_of_a_decoder_reach_the_prompt_whatever_the_batch() -> None:
+    model, batch = make_adapted("GPT-2"), make_batch("GPT-2", "CAUSAL_LM", lengths=(S, S))
+    batch["token_type_ids"] = batch["input_ids"] % 3
+    together = model(**batch).logits
+    alone = torch.cat([model(**{key: value[i : i + 1] for key, value in batch.items()}).logits for i in range(2)])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch).logits, together, rtol=0, atol=1e-5)

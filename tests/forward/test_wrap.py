@@ -10,6 +10,7 @@ import types
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from families import make_model
 from peft import PeftModel, get_peft_model
@@ -17,7 +18,7 @@ from reference import S, V, embedding_and_backbone, main_output, make_batch
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModel
 
-from peft_ptuning_ext import PTuningConfig
+from peft_ptuning_ext import PTuningConfig, PTuningLayer
 from peft_ptuning_ext.forward import wrap
 
 
@@ -194,3 +195,73 @@ def make_like(model: torch.nn.Module, attn_implementation: str) -> torch.nn.Modu
     same = type(model)._from_config(config, attn_implementation=attn_implementation).eval()
     same.load_state_dict(model.state_dict())
     return same
+
+
+@torch.no_grad()
+def test_a_forward_that_is_put_back_is_the_prompted_one() -> None:
+    base = make_model("Llama", "CAUSAL_LM")
+    batch = make_batch("Llama", "CAUSAL_LM")
+    stack = base.model
+    original = stack.forward
+    stack.forward = lambda *args, **kwargs: original(*args, **kwargs)  # a patch of somebody else's
+    model = adapt(base)
+    expected = main_output(model(**batch))
+    stack.forward = original
+    assert torch.equal(main_output(model(**batch)), expected)
+    bare = make_model("Llama", "FEATURE_EXTRACTION")
+    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+    prepared = accelerator.prepare(bare)
+    model = adapt(prepared)
+    with model.disable_adapter():
+        plain = main_output(model(**batch)).float()
+    accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+    assert not torch.allclose(main_output(model(**batch)).float(), plain, atol=0.1)
+
+
+@torch.no_grad()
+def test_a_forward_kept_since_before_unloading_is_the_base_models() -> None:
+    base = make_model("Llama", "FEATURE_EXTRACTION")
+    batch = make_batch("Llama", "FEATURE_EXTRACTION")
+    plain = main_output(base(**batch))
+    model = adapt(base)
+    kept = base.forward
+    assert not torch.allclose(main_output(kept(**batch)), plain)
+    model.unload()
+    assert torch.equal(main_output(kept(**batch)), plain)
+
+
+@torch.no_grad()
+def test_a_forward_of_the_modules_own_may_call_that_of_its_class() -> None:
+    base = make_model("Llama", "CAUSAL_LM")
+    batch = make_batch("Llama", "CAUSAL_LM")
+    base.model.forward = types.MethodType(lambda self, *a, **k: type(self).forward(self, *a, **k), base.model)
+    models = []
+    for each in (base, make_model("Llama", "CAUSAL_LM")):
+        torch.manual_seed(0)  # both prompts are the same
+        models.append(adapt(each))
+    assert torch.equal(*(main_output(model(**batch)) for model in models))
+
+
+def test_unloading_after_the_embedding_was_replaced() -> None:
+    model = adapt(make_model("Llama", "CAUSAL_LM"))
+    base = model.get_base_model()
+    base.set_input_embeddings(torch.nn.Embedding(99, 32))
+    batch = make_batch("Llama", "CAUSAL_LM")
+    with pytest.raises(ValueError, match="was replaced after"):
+        model(**batch)
+    assert main_output(model.unload()(**batch)).isfinite().all()
+    assert not hasattr(base.model, "ptuning")
+
+
+@pytest.mark.parametrize("family", ["BERT", "Llama"])
+def test_an_interrupt_while_the_prompt_starts_leaves_nothing(family, monkeypatch) -> None:
+    base = make_model(family, "FEATURE_EXTRACTION")
+    before = state_of(base)
+
+    def interrupt(*args, **kwargs) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(PTuningLayer, "update_layer", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        adapt(base)
+    assert state_of(base) == before
