@@ -76,12 +76,12 @@ class InFront:
             # A window longer than the whole sequence hides nothing.
             window = None if self.past + self.queries + self.prompt.length <= window else window
         given_mask, mask = mask, mask if mask is None else mask[..., :tokens]
-        if mask is None and 1 < queries < self.queries:  # only of the last tokens
+        if mask is None and 1 < queries < self.queries:  # the queries are those of the last tokens only
             mask = torch.ones(self.queries, tokens, dtype=torch.bool, device=key.device).tril()[None, None, -queries:]
         copied = key.numel() + len(key) * prompt_key.numel()
         is_small = queries == 1 and copied <= SMALL and not torch.is_grad_enabled()
-        can = attention is sdpa_attention_forward and window is None and not is_small
-        if can and can_merge(query, key, value, kwargs):
+        is_plain = attention is sdpa_attention_forward and window is None
+        if is_plain and not is_small and can_merge(query, key, value, kwargs):
             return merged_attention(query, key, value, prompt_key, prompt_value, mask, kwargs.get("scaling")), None
         if len(key) > 1:
             prompt_key, prompt_value = (t.expand(len(key), -1, -1, -1) for t in (prompt_key, prompt_value))
@@ -122,7 +122,7 @@ class InFront:
             visible = torch.ones(1, 1, 1, length, dtype=torch.bool, device=device)
         else:
             column = torch.arange(length, device=device)
-            # Some models let only the last tokens ask.
+            # Some models compute queries for the last tokens only.
             visible = self._distances().to(device)[:, None, -queries:, None] - column < window
         if mask.dtype != torch.bool:
             visible = mask.new_zeros(()).masked_fill(~visible, torch.finfo(mask.dtype).min)

@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Caches that hold a prompt among the user's tokens, and report the user's tokens only.
 
-`generate` and callers slice their inputs by the length that a cache reports, so it has to be the user's. The layers
-need the true length. Such a cache therefore gets a class that reports the former, and the backbone gets a view of it
-that reports the latter. Both share one state.
+`generate` and callers slice their inputs by the length that a cache reports, so it has to be the user's length. The
+layers need the true length. Such a cache therefore gets a class that reports the user's length. The backbone gets a
+view of the cache that reports the true length. Both share one state.
 
 A prompt whose keys and values are put in front in attention is not in the cache. Either way, `cache.ptuning_prompt` is
 the [`Prompt`] that the cache was filled behind.

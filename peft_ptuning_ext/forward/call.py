@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The peft_ptuning_ext authors
 # SPDX-License-Identifier: Apache-2.0
-"""One call of the backbone: its arguments, read once, and what is refused whatever the prompt's way to the text."""
+"""One call of the backbone: its arguments, read once, and the checks that do not depend on where the prompt stands."""
 
 from __future__ import annotations
 
@@ -161,21 +161,21 @@ class Call:
                 "shared, `position_ids` that begin anew with each text."
             )
 
-    def check_lengths(self, past: int, length: int, mask: Optional[torch.Tensor]) -> None:
+    def check_lengths(self, before: int, length: int, mask: Optional[torch.Tensor]) -> None:
         """Refuses a mask that is too short, and a text that has no positions left.
 
         Args:
-            past (`int`): How many of the user's tokens are in the cache.
+            before (`int`): How many of the user's tokens are in the cache.
             length (`int`): V.
             mask (`torch.Tensor`, *optional*): The 2-D mask.
         """
         new = self.tokens.shape[1]
-        if mask is not None and mask.shape[1] < past + new:
+        if mask is not None and mask.shape[1] < before + new:
             raise ValueError(
-                f"The attention mask covers {mask.shape[1]} tokens, but the cache holds {past} and {new} are new. "
+                f"The attention mask covers {mask.shape[1]} tokens, but the cache holds {before} and {new} are new. "
                 "Pass a mask of all of the user's tokens, without the virtual ones."
             )
-        text, limit = past + new, self.backbone.max_positions
+        text, limit = before + new, self.backbone.max_positions
         if limit is None or text + length <= limit:
             return
         if mask is not None and self.backbone.counts_tokens:

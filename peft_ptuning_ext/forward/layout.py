@@ -18,8 +18,8 @@ class Layout:
         length (`int`): V.
         text (`int`): S.
         order (`torch.Tensor`, *optional*):
-            For each column of the row, the column of [prompt; text] that stands there, (B or 1, V+S). `None`: the
-            prompt is in front of the whole text.
+            For each column of the row, the column of [prompt; text] that stands there, (B or 1, V+S). With V=2, S=3
+            and the prompt before the text's second token it is 2 0 1 3 4. `None`: the prompt is in front of all.
         columns (`torch.Tensor`, *optional*): Where the text's columns are in the row, (B or 1, S); `None`: behind V.
     """
 

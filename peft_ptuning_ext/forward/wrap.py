@@ -74,7 +74,7 @@ def run(stack: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
             )
         return in_attention.run(forward, call, call.cached_prompt)
     is_in_attention = call.is_worth_a_pass and why_in_row(stack) is None
-    prompt = layer.choose(names, call.tokens.dtype if call.is_embedded else layer.dtype or stack.dtype)
+    prompt = layer.make_prompt(names, call.tokens.dtype if call.is_embedded else layer.dtype or stack.dtype)
     if is_in_attention:
         try:
             prompt = in_attention.with_states(stack, forward, prompt)

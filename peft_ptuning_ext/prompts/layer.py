@@ -82,7 +82,7 @@ class PTuningLayer(nn.Module, BaseTunerLayer):
         """Names of the adapters whose prompt is in front now; empty if there is none or adapters are disabled."""
         return () if self._disable_adapters else tuple(self._active_adapter)
 
-    def choose(self, names: tuple[str, ...], dtype: torch.dtype) -> Prompt:
+    def make_prompt(self, names: tuple[str, ...], dtype: torch.dtype) -> Prompt:
         """Returns the prompt of adapters by name, with its vectors, (1, V, H), in `dtype`."""
         vectors = self.prompt(*names)[None].to(dtype)
         return Prompt(names, vectors.shape[1], vectors)
