@@ -66,6 +66,8 @@ PRIVATE_NAMES: dict[str, Callable[[], Any]] = {
     "_hf_peft_config_loaded": lambda: PreTrainedModel,
     "_orig_mod": lambda: torch.compile(nn.Linear(1, 1)),
     "_apply": lambda: nn.Module,
+    "_forward_hooks": lambda: nn.Linear(1, 1),
+    "_forward_pre_hooks": lambda: nn.Linear(1, 1),
     "_parameters": nn.Module,
     "_buffers": nn.Module,
     "_is_replica": lambda: nn.Linear(1, 1)._replicate_for_data_parallel(),
