@@ -152,7 +152,7 @@ def detach(model: nn.Module) -> None:
 
 
 # The backbone whose own `forward` is running, if it has one that is not its class's.
-_running_own: ContextVar[Optional[nn.Module]] = ContextVar("_running_own", default=None)
+_running_own: ContextVar[Optional[nn.Module]] = ContextVar("running_own", default=None)
 
 
 @functools.cache
