@@ -77,6 +77,9 @@ REFUSED_INPUTS = ("lengths", "entity_position_ids", "global_attention_mask", "cr
 # Names under which backbones keep a table of absolute positions (learned or sinusoidal).
 POSITION_TABLES = ("position_embeddings", "wpe", "embed_positions")
 
+# Classes that measure distance by the unmasked tokens in between: padding between prompt and text changes nothing.
+DISTANCE_BY_MASK = frozenset({"BloomModel"})
+
 # Attention implementations that take a prompt, and the names that they have on an adapted model.
 ATTENTION_NAMES = {"sdpa": "ptuning_sdpa", "eager": "ptuning_eager"}
 

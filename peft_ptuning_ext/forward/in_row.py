@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import Cache
 
-from ..backbone import PER_TOKEN_FILLS, UNTOUCHED_INPUTS, Backbone, pool
+from ..backbone import DISTANCE_BY_MASK, PER_TOKEN_FILLS, UNTOUCHED_INPUTS, Backbone, pool
 from ..prompts.prompt import Prompt
 from .cache import full_view, is_static, note_prompt
 from .call import Call, leading_padding
@@ -108,8 +108,7 @@ def go_on(forward: Callable, call: Call, why_in_row: Callable[[], Optional[str]]
     call.check_lengths(call.past - prompt.length, prompt.length, call.mask)
     widened = {}
     if call.mask is not None:
-        _check_places(call, prompt)
-        widened["attention_mask"] = widen_mask(call.backbone, call.mask, prompt.length)
+        widened["attention_mask"] = _widen_later_mask(call, prompt)
     if (positions := call.positions()) is not None:
         widened["position_ids"] = positions[..., -text:] + prompt.length
     output = forward(**call.arguments(**widened))
@@ -146,16 +145,19 @@ def _places(backbone: Backbone, mask: torch.Tensor, length: int) -> Optional[tor
     return leading_padding(mask).expand(-1, length)
 
 
-def _check_places(call: Call, prompt: Prompt) -> None:
-    """Refuses a text whose padding on the left goes on behind the chunk that the sequence began with."""
-    if prompt.places is None or len(prompt.places) != len(call.mask) or torch.compiler.is_compiling():
-        return
-    if (leading_padding(call.mask) > prompt.places[:, :1]).any():
+def _widen_later_mask(call: Call, prompt: Prompt) -> torch.Tensor:
+    """The mask (B, N) of a later call with the prompt's ones where the cache has the prompt: (B, V+N)."""
+    places = prompt.places
+    if places is None or len(places) != len(call.mask) or torch.compiler.is_compiling():
+        return widen_mask(call.backbone, call.mask, prompt.length)
+    goes_on = (leading_padding(call.mask) > places[:, :1]).any()  # the padding, behind the first chunk
+    if goes_on and call.stack not in DISTANCE_BY_MASK:
         raise ValueError(
             f"{call.stack} got a row that begins with more padding than the first chunk of tokens had. The prompt "
             "stands behind the first chunk's padding, and belongs behind all of it. Pass a longer first chunk, or "
             "choose a larger `prefill_chunk_size`."
         )
+    return Layout.at(places, prompt.length, call.mask.shape[1]).fill(1, call.mask)
 
 
 def _check(call: Call, why_in_row: Callable[[], Optional[str]]) -> None:

@@ -498,7 +498,7 @@ def test_what_a_cache_shows_of_itself_is_the_user_s() -> None:
 
 @pytest.mark.parametrize("family", ["Bloom", "Mistral"])
 @torch.no_grad()
-def test_a_first_chunk_that_is_padding_in_a_row_is_refused_when_the_padding_goes_on(family) -> None:
+def test_a_first_chunk_that_is_padding_in_a_row(family) -> None:
     model = make_adapted(family)
     _, stack = embedding_and_backbone(model.get_base_model())
     if family == "Mistral":
@@ -513,5 +513,8 @@ def test_a_first_chunk_that_is_padding_in_a_row_is_refused_when_the_padding_goes
         return torch.cat([begun.logits, rest.logits], dim=1)
 
     torch.testing.assert_close(in_chunks(17)[mask.bool()], expected[mask.bool()], rtol=0, atol=1e-5)
+    if family == "Bloom":  # it measures distance by the mask
+        torch.testing.assert_close(in_chunks(9)[mask.bool()], expected[mask.bool()], rtol=0, atol=1e-5)
+        return
     with pytest.raises(ValueError, match="choose a larger `prefill_chunk_size`"):
         in_chunks(9)
