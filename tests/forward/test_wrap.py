@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from accelerate.state import AcceleratorState, GradientState
 from families import make_model
 from peft import PeftModel, get_peft_model
 from reference import S, V, embedding_and_backbone, main_output, make_batch
@@ -197,6 +198,14 @@ def make_like(model: torch.nn.Module, attn_implementation: str) -> torch.nn.Modu
     return same
 
 
+@pytest.fixture
+def _accelerator_state():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)  # else later tests train in its precision
+    GradientState._reset_state()
+
+
+@pytest.mark.usefixtures("_accelerator_state")
 @torch.no_grad()
 def test_a_forward_that_is_put_back_is_the_prompted_one() -> None:
     base = make_model("Llama", "CAUSAL_LM")
