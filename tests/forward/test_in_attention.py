@@ -15,7 +15,7 @@ from making import make_adapted, make_config
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from reference import V, embedding_and_backbone, make_batch
 from releases import CACHE
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 from peft_ptuning_ext.forward import attention
 from peft_ptuning_ext.forward.in_attention import MAX_STORED
@@ -487,3 +487,6 @@ def test_token_types_of_a_decoder_reach_the_prompt_whatever_the_batch() -> None:
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
     with torch.no_grad():
         torch.testing.assert_close(model(**batch).logits, together, rtol=0, atol=1e-5)
+        cache = StaticCache(model.get_base_model().config, max_cache_len=20)
+        with pytest.raises(ValueError, match="static cache.*because token types were given"):
+            model(**batch, **{CACHE: cache})

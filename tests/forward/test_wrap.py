@@ -148,17 +148,17 @@ def test_hooks_of_accelerate_come_and_go_before_and_after(family) -> None:
     assert state_of(base) == before
 
 
+@pytest.mark.parametrize("family", ["BERT", "Llama", "Falcon"])
 @torch.no_grad()
-def test_hooks_of_others_see_the_users_tokens() -> None:
-    for family in ("BERT", "Llama", "Falcon"):
-        model = adapt(make_model(family, "FEATURE_EXTRACTION"))
-        shapes = []
-        model.get_base_model().register_forward_hook(
-            lambda module, args, kwargs, output: shapes.append((kwargs["input_ids"].shape, output[0].shape[:2])),  # noqa: B023
-            with_kwargs=True,
-        )
-        model(**make_batch(family, "FEATURE_EXTRACTION"))
-        assert shapes == [((2, S), (2, S))]
+def test_hooks_of_others_see_the_users_tokens(family) -> None:
+    model, shapes = adapt(make_model(family, "FEATURE_EXTRACTION")), []
+
+    def note(module, args, kwargs, output) -> None:
+        shapes.append((kwargs["input_ids"].shape, output[0].shape[:2]))
+
+    model.get_base_model().register_forward_hook(note, with_kwargs=True)
+    model(**make_batch(family, "FEATURE_EXTRACTION"))
+    assert shapes == [((2, S), (2, S))]
 
 
 @pytest.mark.parametrize("family", ["BERT", "Llama", "T5"])
