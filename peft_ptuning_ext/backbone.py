@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Optional
@@ -83,6 +84,12 @@ DISTANCE_BY_MASK = frozenset({"BloomModel"})
 # Attention implementations that take a prompt, and the names that they have on an adapted model.
 ATTENTION_NAMES = {"sdpa": "ptuning_sdpa", "eager": "ptuning_eager"}
 
+# Attention that calculates by itself: the modules that make its keys and values of the text.
+KEY_VALUE_PROJECTIONS: dict[str, tuple[str, str]] = {
+    "DisentangledSelfAttention": ("key_proj", "value_proj"),
+    "MPNetSelfAttention": ("k", "v"),
+}
+
 # Kinds of layers whose memory of earlier tokens is their keys and values, all of them or those within a window.
 ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention"})
 
@@ -116,6 +123,12 @@ class Backbone:
             Why its attention can't be given keys and values in front of the text's; `None` if it can.
         not_recorded (`str`, *optional*):
             Why the prompt's keys and values can't be computed apart from the text; `None` if they can.
+        is_rotary (`bool`): Whether its positions are rotations that do not depend on the length of the text.
+        deep_way (`str`, *optional*):
+            How keys and values of a deep prompt get in front of the text's: `"attention"`, through transformers'
+            attention interface; `"projections"`, behind the modules that make the text's; `"cache"`, as tokens that the
+            cache holds. `None` if they can't.
+        not_deep (`str`, *optional*): Why they can't.
     """
 
     name: str
@@ -132,6 +145,9 @@ class Backbone:
     decoder: Optional[str]
     not_in_attention: Optional[str]
     not_recorded: Optional[str]
+    is_rotary: bool
+    deep_way: Optional[str]
+    not_deep: Optional[str]
 
     @property
     def embedding_path(self) -> str:
@@ -201,10 +217,11 @@ def find_backbone(model: nn.Module) -> Backbone:
 
     first_position, max_positions = _positions(backbone)
     is_causal, is_local, has_positions = _is_causal(backbone), _is_local(backbone), "position_ids" in parameters
+    deep_way, not_deep = _deep_way(backbone, is_causal)
     return Backbone(
         name=".".join(part for part in (prefix, name) if part),
         embedding=paths[0][len(name) :].lstrip("."),
-        width=_table(embedding).embedding_dim,
+        width=table_of(embedding).embedding_dim,
         parameters=tuple(p for p in parameters if p != "kwargs"),
         cache_name="cache" if "cache" in parameters else "past_key_values",
         is_causal=is_causal,
@@ -216,6 +233,9 @@ def find_backbone(model: nn.Module) -> Backbone:
         decoder=decoder,
         not_in_attention=_why_not_in_attention(backbone),
         not_recorded=_why_not_recorded(backbone, first_position),
+        is_rotary=bool(rope := _rope_types(backbone.config)) and not rope & LENGTH_DEPENDENT_ROPE,
+        deep_way=deep_way,
+        not_deep=not_deep,
     )
 
 
@@ -267,14 +287,14 @@ def _input_embedding(model: PreTrainedModel) -> nn.Module:
         embedding = None
     if embedding is None:
         raise _refusal(model, "it has no input embedding (`get_input_embeddings` finds none)")
-    table = _table(embedding)
+    table = table_of(embedding)
     if not hasattr(table, "embedding_dim") or not hasattr(table, "num_embeddings"):
         raise _refusal(model, f"its input embedding is a {type(table).__name__}, not a table of token embeddings")
     return embedding
 
 
-def _table(embedding: nn.Module) -> nn.Module:
-    """The embedding itself, below whatever adapters and wrappers of PEFT stand around it already."""
+def table_of(embedding: nn.Module) -> nn.Module:
+    """Returns the embedding itself, below whatever adapters and wrappers of PEFT stand around it already."""
     while isinstance(embedding, AuxiliaryTrainingWrapper) or hasattr(embedding, "base_layer"):
         is_wrapper = isinstance(embedding, AuxiliaryTrainingWrapper)
         embedding = embedding.original_module if is_wrapper else embedding.base_layer
@@ -338,15 +358,44 @@ def _why_not_in_attention(backbone: PreTrainedModel) -> Optional[str]:
         parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters
     ):
         return "its attention does not go through transformers' attention interface"
-    kinds = set(getattr(config, "layer_types", None) or ()) - ATTENTION_LAYERS
-    if kinds or getattr(config, "attention_chunk_size", None):
-        return f"it has layers of another kind than attention ({', '.join(sorted(kinds)) or 'chunked_attention'})"
+    if (reason := _other_layers(config)) is not None:
+        return reason
     implementation = config._attn_implementation
     if implementation not in {*ATTENTION_NAMES, *ATTENTION_NAMES.values()}:
         return f"its attention implementation is {implementation!r}, not one of {[*ATTENTION_NAMES]}"
     if config.output_attentions:
         return "its config asks for `output_attentions`"
     return None
+
+
+def _other_layers(config: PreTrainedConfig) -> Optional[str]:
+    """Says so if a model has layers that attend in another way than to all tokens or those within a window."""
+    kinds = set(getattr(config, "layer_types", None) or ()) - ATTENTION_LAYERS
+    if kinds or getattr(config, "attention_chunk_size", None):
+        return f"it has layers of another kind than attention ({', '.join(sorted(kinds)) or 'chunked_attention'})"
+    return None
+
+
+def _deep_way(backbone: PreTrainedModel, is_causal: bool) -> tuple[Optional[str], Optional[str]]:
+    """How a deep prompt gets to the attention of a backbone, or why it does not: one of both is `None`."""
+    config, parameters = backbone.config, inspect.signature(type(backbone).forward).parameters
+    if (reason := _other_layers(config)) is not None:
+        return None, reason
+    if getattr(config, "add_cross_attention", False):
+        return None, "it has cross-attention"
+    if any(type(module).__name__ in KEY_VALUE_PROJECTIONS for module in backbone.modules()):
+        return "projections", None
+    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    has_interface = hasattr(sys.modules[type(backbone).__module__], "ALL_ATTENTION_FUNCTIONS")
+    is_known = config._attn_implementation in {*ATTENTION_NAMES, *ATTENTION_NAMES.values()}
+    if takes_any and has_interface and is_known:
+        return "attention", None
+    if is_causal and not {"cache", "past_key_values"}.isdisjoint(parameters):
+        return "cache", None
+    if takes_any and has_interface:
+        known = [*ATTENTION_NAMES]
+        return None, f"its attention implementation is {config._attn_implementation!r}, not one of {known}"
+    return None, "its attention does not go through transformers' attention interface"
 
 
 def _why_not_recorded(backbone: PreTrainedModel, first_position: int) -> Optional[str]:

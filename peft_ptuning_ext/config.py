@@ -29,21 +29,32 @@ class PromptEncoderType(str, enum.Enum):
     RESIDUAL = "RESIDUAL"
 
 
-class AdapterInit(str, enum.Enum):
-    """The start of a prompt that PEFT's [`~peft.PromptTuningInit`] does not have. See [`PTuningConfig`]."""
+class PromptDepth(str, enum.Enum):
+    """Where a prompt enters the model. See [`PTuningConfig`]."""
+
+    INPUT = "INPUT"
+    DEEP = "DEEP"
+
+
+class PromptInit(str, enum.Enum):
+    """The starts of a prompt that PEFT's [`~peft.PromptTuningInit`] does not have. See [`PTuningConfig`]."""
 
     ADAPTER = "ADAPTER"
+    ZERO_VALUES = "ZERO_VALUES"
 
 
 # Bounded, so that the network stays within a few tens of prompts of 20 vectors at any width.
 DEFAULT_HIDDEN_SIZE = {PromptEncoderType.MLP: 128, PromptEncoderType.LSTM: 64, PromptEncoderType.RESIDUAL: 128}
 DEFAULT_NUM_LAYERS = {PromptEncoderType.MLP: 2, PromptEncoderType.LSTM: 2, PromptEncoderType.RESIDUAL: 1}
 
+# What can make the keys and values of a deep prompt.
+DEEP_ENCODER_TYPES = (PromptEncoderType.NONE, PromptEncoderType.MLP)
+
 # Fields that are used with one start of the prompt only.
 INIT_FIELDS = {
     "prompt_tuning_init_text": PromptTuningInit.TEXT,
     "tokenizer_name_or_path": PromptTuningInit.TEXT,
-    "prompt_tuning_init_adapter": AdapterInit.ADAPTER,
+    "prompt_tuning_init_adapter": PromptInit.ADAPTER,
 }
 
 # Configs come from strangers, and a network is laid out (without memory) before the weights beside it are compared.
@@ -56,11 +67,18 @@ class PTuningConfig(PeftConfig):
 
     The field names are those of PEFT's [`~peft.PromptEncoderConfig`] and [`~peft.PromptTuningConfig`]. The method is
     that of "GPT Understands, Too" (Liu et al., 2021, https://huggingface.co/papers/2103.10385, section 3); plain
-    vectors without a network are those of Lester et al., 2021 (https://huggingface.co/papers/2104.08691).
+    vectors without a network are those of Lester et al., 2021 (https://huggingface.co/papers/2104.08691). Deep prompts
+    are those of "P-Tuning v2" (Liu et al., 2022, https://huggingface.co/papers/2110.07602).
 
     Args:
         num_virtual_tokens (`int`, defaults to 20):
-            Number V of trainable vectors in front of the input embeddings; at least 1.
+            Number V of virtual tokens; at least 1.
+        prompt_depth (`PromptDepth` or `str`, defaults to `"INPUT"`):
+            `"INPUT"`: V trainable vectors in front of the input embeddings. `"DEEP"`: V trainable keys and values in
+            front of those of the text, in the attention of every layer.
+        shift_positions (`bool`, defaults to `False`):
+            With `"DEEP"`: whether the text's positions begin at V, as with PEFT's prefix tuning. By default they stay
+            the model's own. With `"INPUT"`, the text always stands behind the prompt.
         encoder_reparameterization_type (`PromptEncoderType` or `str`, *optional*):
             What the trainable parameters go through to become the prompt. `"NONE"`: nothing, they are the prompt.
             `"MLP"`: a perceptron, as in PEFT. `"LSTM"`: a bidirectional LSTM and a perceptron, as in the P-tuning
@@ -72,19 +90,23 @@ class PTuningConfig(PeftConfig):
             Width of the network; the bottleneck of `"RESIDUAL"`. Defaults to 128, for `"LSTM"` to 64 per direction.
         encoder_num_layers (`int`, *optional*):
             Hidden layers of `"MLP"` (default 2, PEFT's shape) and `"RESIDUAL"` (default 1, the paper's shape), stacked
-            layers of `"LSTM"` (default 2).
+            layers of `"LSTM"` (default 2). `"DEEP"` takes `"NONE"` and `"MLP"`, whose last layer then makes all keys
+            and values.
         encoder_dropout (`float`, defaults to 0.0):
             Dropout probability in the network, 0 ≤ p < 1: after each hidden layer of `"MLP"` and `"RESIDUAL"`,
-            between the stacked layers of `"LSTM"` (which therefore needs at least 2 of them).
+            between the stacked layers of `"LSTM"` (which therefore needs at least 2 of them). With `"DEEP"` it acts on
+            the keys and values, with or without a network.
         prompt_tuning_init (`PromptTuningInit` or `str`, defaults to `"RANDOM"`):
             Where the prompt starts, whatever the encoder. `"RANDOM"`: normal vectors with the mean and standard
             deviation of the model's own embeddings. `"SAMPLE_VOCAB"`: the embeddings of V random tokens. `"TEXT"`:
             the embeddings of `prompt_tuning_init_text`, repeated or cut to V tokens, no special tokens added.
-            `"ADAPTER"`: the trained prompt of another adapter, `prompt_tuning_init_adapter`.
+            `"ADAPTER"`: the trained prompt of another adapter, `prompt_tuning_init_adapter`. With `"DEEP"`, the first
+            three mean the keys and values that the model itself makes of tokens; `"ZERO_VALUES"` takes such keys at
+            random and values of 0.
         prompt_tuning_init_adapter (`str` or `os.PathLike`, *optional*):
             The adapter of `"ADAPTER"`, a folder or a repository on the Hub: one of this package, or a stock
             `PROMPT_TUNING` or `P_TUNING` of PEFT. Its task may be another; nothing but its prompt is read. It must
-            have V vectors of the model's width. Like the tokenizer, it is only used for a config that the caller has
+            have V virtual tokens of the model's sizes and the same depth. Like the tokenizer, it is only used for a config that the caller has
             made: a config that comes from a file never makes anything fetch or read another adapter.
         prompt_tuning_init_text (`str`, *optional*):
             The text of `"TEXT"`.
@@ -114,12 +136,14 @@ class PTuningConfig(PeftConfig):
     encoder_hidden_size: Optional[int] = field(default=None)
     encoder_num_layers: Optional[int] = field(default=None)
     encoder_dropout: float = field(default=0.0)
-    prompt_tuning_init: Union[str, PromptTuningInit, AdapterInit] = field(default=PromptTuningInit.RANDOM)
+    prompt_tuning_init: Union[str, PromptTuningInit, PromptInit] = field(default=PromptTuningInit.RANDOM)
     prompt_tuning_init_text: Optional[str] = field(default=None)
     tokenizer_name_or_path: Optional[str] = field(default=None)
     modules_to_save: Optional[list[str]] = field(default=None)
     prompt_tuning_init_adapter: Optional[str] = field(default=None)
     trainable_token_indices: Optional[Union[list[int], dict[str, list[int]]]] = field(default=None)
+    prompt_depth: Union[str, PromptDepth] = field(default=PromptDepth.INPUT)
+    shift_positions: bool = field(default=False)
 
     # Read by PEFT's injection on every config. They are no fields: which module is adapted follows from the model.
     target_modules = None
@@ -134,8 +158,15 @@ class PTuningConfig(PeftConfig):
         if self.peft_type not in (None, PEFT_TYPE_NAME):
             raise ValueError(f"`peft_type` of a PTuningConfig is {PEFT_TYPE_NAME!r}, got {self.peft_type!r}.")
         self.peft_type = PeftType(PEFT_TYPE_NAME)
-        if not isinstance(self.inference_mode, bool):
-            raise TypeError(f"`inference_mode` must be a bool, got {self.inference_mode!r}.")
+        for name in ("inference_mode", "shift_positions"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"`{name}` must be a bool, got {getattr(self, name)!r}.")
+        self.prompt_depth = _check_choice("prompt_depth", self.prompt_depth, *PromptDepth)
+        if self.shift_positions and not self.is_deep:
+            raise ValueError(
+                "`shift_positions` is only used with prompt_depth='DEEP'. In front of the input embeddings, the prompt "
+                "always takes V positions."
+            )
         _check_int("num_virtual_tokens", self.num_virtual_tokens)
         for name in ("base_model_name_or_path", "revision", "peft_version"):
             if not isinstance(getattr(self, name), (str, NoneType)):
@@ -146,6 +177,11 @@ class PTuningConfig(PeftConfig):
         check_token_indices(self.trainable_token_indices)
         self._resolve_encoder()
         self._check_init()
+
+    @property
+    def is_deep(self) -> bool:
+        """Whether the prompt stands in every layer."""
+        return self.prompt_depth is PromptDepth.DEEP
 
     def _check_modules_to_save(self) -> None:
         names = self.modules_to_save
@@ -162,6 +198,8 @@ class PTuningConfig(PeftConfig):
             "encoder_num_layers": self.encoder_num_layers is not None,
             "encoder_dropout": self.encoder_dropout != 0,
         }
+        if self.is_deep:
+            del network_fields["encoder_dropout"]  # it acts on the keys and values
         given = [name for name, is_given in network_fields.items() if is_given]
         encoder = self.encoder_reparameterization_type
         if encoder is None:
@@ -173,12 +211,19 @@ class PTuningConfig(PeftConfig):
             raise TypeError(f"`encoder_dropout` must be a float, got {self.encoder_dropout!r}.")
         if not 0 <= self.encoder_dropout < 1:
             raise ValueError(f"`encoder_dropout` must be at least 0 and below 1, got {self.encoder_dropout}.")
+        if self.is_deep and encoder not in DEEP_ENCODER_TYPES:
+            allowed = " or ".join(repr(kind.value) for kind in DEEP_ENCODER_TYPES)
+            raise ValueError(
+                f"encoder_reparameterization_type={encoder.value!r} makes vectors for the input, and prompt_depth is "
+                f"'DEEP'. Choose {allowed}."
+            )
         if encoder is PromptEncoderType.NONE:
             if given:
+                networks = "'MLP'" if self.is_deep else "'MLP', 'LSTM' or 'RESIDUAL'"
                 raise ValueError(
                     f"{', '.join(f'`{name}`' for name in given)} has no meaning with "
                     "encoder_reparameterization_type='NONE', which has no network. "
-                    "Leave it out or choose 'MLP', 'LSTM' or 'RESIDUAL'."
+                    f"Leave it out or choose {networks}."
                 )
             return
         if self.encoder_hidden_size is None:
@@ -194,8 +239,13 @@ class PTuningConfig(PeftConfig):
             )
 
     def _check_init(self) -> None:
-        init = _check_choice("prompt_tuning_init", self.prompt_tuning_init, *PromptTuningInit, *AdapterInit)
+        init = _check_choice("prompt_tuning_init", self.prompt_tuning_init, *PromptTuningInit, *PromptInit)
         self.prompt_tuning_init = init
+        if init is PromptInit.ZERO_VALUES and not self.is_deep:
+            raise ValueError(
+                "prompt_tuning_init='ZERO_VALUES' is only used with prompt_depth='DEEP': vectors in front of the input "
+                "embeddings have no values of their own."
+            )
         if isinstance(self.tokenizer_name_or_path, PreTrainedTokenizerBase):
             self._tokenizer = self.tokenizer_name_or_path
             self.tokenizer_name_or_path = self._tokenizer.name_or_path
@@ -212,7 +262,7 @@ class PTuningConfig(PeftConfig):
                 )
         if self._from_file:
             return
-        if init is AdapterInit.ADAPTER and not self.prompt_tuning_init_adapter:
+        if init is PromptInit.ADAPTER and not self.prompt_tuning_init_adapter:
             raise ValueError(
                 "prompt_tuning_init='ADAPTER' needs `prompt_tuning_init_adapter`, the folder or Hub name of an "
                 f"adapter, got {self.prompt_tuning_init_adapter!r}."

@@ -16,13 +16,15 @@ from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
 from .adapters.checks import check_adapter, check_is_new, check_weights
+from .adapters.deep_start import find_deep_start
 from .adapters.names import from_saved_names, to_saved_names
 from .adapters.removal import remove_adapters, undone_on_error
 from .adapters.requires_grad import keeping_requires_grad, requires_grad_by_name, restore_requires_grad
 from .adapters.vocabulary import allow_resizing, token_rows, train_token_rows
 from .backbone import find_backbone
-from .config import AdapterInit, PTuningConfig
+from .config import PromptInit, PTuningConfig
 from .files.checkpoint import ENCODER_KEY, TOKENS_KEY, check_state, saved_name
+from .forward.deep import take_prompts
 from .forward.wrap import attach, why_in_row
 from .prompts.adapter import find_layer, find_stack
 from .prompts.layer import PTuningLayer, execution_device
@@ -204,13 +206,16 @@ class PTuningModel(BaseTuner):
         backbone = self._backbone = find_backbone(model)
         check_adapter(model, backbone, peft_config, self.peft_config, self._is_in_peft_model)
         rows = token_rows(model, backbone.embedding_path, self._token_indices, peft_config.modules_to_save or ())
-        self._start = None
-        if peft_config.prompt_tuning_init == AdapterInit.ADAPTER and not peft_config._from_file:
-            folder, length = peft_config.prompt_tuning_init_adapter, peft_config.num_virtual_tokens
-            self._start = load_prompt(folder, length, backbone.width)
+        self._start, self._deep = None, None
+        if peft_config.is_deep:
+            self._deep = find_deep_start(model, backbone, peft_config)
+            self._start = self._deep.states
+        shapes = None if self._deep is None else self._deep.shapes
+        if peft_config.prompt_tuning_init == PromptInit.ADAPTER and not peft_config._from_file:
+            self._start = load_prompt(peft_config, backbone.width, shapes)
         source, peft_config._source = peft_config._source, None
         if source is not None:
-            check_weights(source, model, backbone, peft_config, rows)
+            check_weights(source, model, backbone, peft_config, rows, shapes)
         # Once resized, an encoder-decoder's embedding has several paths. PEFT comes with the first of them.
         embedding = model.get_submodule(backbone.embedding_path)
         self._target = next(name for name, module in model.named_modules() if module is embedding)
@@ -228,8 +233,12 @@ class PTuningModel(BaseTuner):
             self.model.set_submodule(self._target, target)
             attach(self.model, self._backbone)
             allow_resizing(self.model, self._target)
-        target.update_layer(adapter_name, peft_config, self._start)
-        self._start = None
+        shapes = None
+        if self._deep is not None:
+            shapes = self._deep.shapes
+            take_prompts(find_stack(self.model), self._backbone, self._deep.modules)
+        target.update_layer(adapter_name, peft_config, self._start, shapes)
+        self._start = self._deep = None
         # A new module is in training mode: its dropout would act on a model that was put into evaluation mode before.
         target.ptuning_encoders[adapter_name].train(self.model.training)
         device = execution_device(target.get_base_layer())

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 from ..backbone import Backbone
 from ..config import PromptEncoderType, PTuningConfig
 from ..files.checkpoint import ENCODER_KEY, CheckpointSource, check_file, saved_name
-from ..prompts.encoder import build_encoder
+from ..prompts.build import build_encoder
+from ..prompts.deep import Shapes
 from ..prompts.layer import PTuningLayer, execution_device
 from .vocabulary import embedding_state
 
@@ -143,7 +144,8 @@ def _check_names(adapter_names: Iterable[str], embedding_path: str, config: PTun
 def _check_length(model: nn.Module, backbone: Backbone, config: PTuningConfig) -> None:
     """Refuses a prompt that leaves no position for a text."""
     length, limit = config.num_virtual_tokens, backbone.max_positions
-    if limit is not None and length >= limit:
+    takes_positions = config.shift_positions or not config.is_deep
+    if takes_positions and limit is not None and length >= limit:
         raise ValueError(
             f"`num_virtual_tokens` is {length}, and {type(model).__name__} has {limit} positions for the "
             "prompt and the text together."
@@ -156,6 +158,7 @@ def check_weights(
     backbone: Backbone,
     config: PTuningConfig,
     rows: dict[str, torch.Tensor],
+    shapes: Optional[Shapes] = None,
 ) -> None:
     """Refuses a file of weights that does not fit the model and the config that it lies beside.
 
@@ -165,6 +168,7 @@ def check_weights(
         backbone ([`Backbone`]): Facts about it.
         config ([`PTuningConfig`]): The config.
         rows (`dict[str, torch.Tensor]`): What [`~peft_ptuning_ext.adapters.vocabulary.token_rows`] returns.
+        shapes (`dict[int, LayerShape]`, *optional*): What each layer takes, for a deep prompt.
 
     Raises:
         ValueError: There is no such file, or [`~peft_ptuning_ext.files.checkpoint.check_file`] refuses it.
@@ -173,7 +177,7 @@ def check_weights(
     if path is None:  # a pickle, as the caller has asked for: its tensors are checked when PEFT has read them
         return
     with torch.device("meta"):
-        encoder = build_encoder(config, backbone.width)
+        encoder = build_encoder(config, backbone.width, shapes)
     trained = {**_trained_state(model, config), **rows}
     embeddings = embedding_state(model, backbone.embedding_path, rows, config.modules_to_save or ())
     check_file(path, encoder, saved_name(backbone.embedding_path), _as_saved(trained), _as_saved(embeddings))

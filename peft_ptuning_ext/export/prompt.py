@@ -13,7 +13,8 @@ from torch import nn
 
 from ..config import PromptEncoderType
 from ..prompts.adapter import find_adapter, find_stack
-from ..prompts.encoder import PromptEncoder, build_encoder
+from ..prompts.build import build_encoder
+from ..prompts.encoder import PromptEncoder
 
 
 def fold_prompt(model: nn.Module, adapter_name: Optional[str] = None) -> None:

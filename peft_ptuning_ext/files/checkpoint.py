@@ -190,7 +190,7 @@ def check_file(
     _evaluate(encoder, state, path)
 
 
-def read_prompt(path: str, encoder: nn.Module) -> torch.Tensor:
+def read_prompt(path: str, encoder: nn.Module) -> Any:
     """Reads the prompt that a safetensors file holds for any place in a model, and nothing else of the file.
 
     Args:
@@ -198,7 +198,7 @@ def read_prompt(path: str, encoder: nn.Module) -> torch.Tensor:
         encoder (`nn.Module`): The encoder of the config, on the meta device.
 
     Returns:
-        `torch.Tensor`: The prompt in evaluation, shape (V, H), float32.
+        What the encoder makes in evaluation, float32: vectors (V, H), or keys and values by layer.
 
     Raises:
         ValueError: The file can't be read, holds no such encoder, or values that are NaN or infinite.
@@ -213,9 +213,11 @@ def read_prompt(path: str, encoder: nn.Module) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _evaluate(encoder: nn.Module, state: Mapping[str, torch.Tensor], path: str) -> torch.Tensor:
+def _evaluate(encoder: nn.Module, state: Mapping[str, torch.Tensor], path: str) -> Any:
     prompt = functional_call(encoder.eval(), {name: value.float() for name, value in state.items()}, ())
-    check_values({"prompt": prompt}, path)
+    by_layer = {} if isinstance(prompt, torch.Tensor) else prompt
+    parts = {f"prompt of layer {layer}": torch.cat([key, value], dim=-1) for layer, (key, value) in by_layer.items()}
+    check_values(parts or {"prompt": prompt}, path)
     return prompt
 
 

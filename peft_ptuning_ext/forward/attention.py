@@ -15,6 +15,7 @@ from typing import Any, Optional
 
 import torch
 from torch import nn
+from torch.nn import functional
 from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -30,6 +31,9 @@ from .merged_attention import can_merge, merged_attention
 # The argument by which the backbone hands the prompt down to its attention.
 KEYWORD = "ptuning_prompt"
 
+# The attribute of an attention that has no `layer_idx`: which layer it is.
+LAYER = "ptuning_layer"
+
 # Up to so many numbers of keys, copying them for a single query takes less time than merging two attentions.
 SMALL = 2**15
 
@@ -43,16 +47,22 @@ class InFront:
         queries (`int`): How many tokens the call has, S.
         past (`int` or `torch.Tensor`): How many tokens of the text are in the cache; a tensor while compiling.
         mask (`torch.Tensor`, *optional*): The text's 2-D mask, (B, past + S).
-        positions (`torch.Tensor`): The call's positions, behind the prompt's: (B or 1, S), or (3, B, S) of images.
+        positions (`torch.Tensor`, *optional*):
+            The call's positions, counted from the prompt's first token: (B or 1, S), or (3, B, S) of images; `None` for
+            those of the columns.
+        is_causal (`bool`): Whether the backbone looks back only.
         masks (`dict`): Masks with the prompt's columns, which layers share.
+        attended (`int`): How many layers were called so far that do not say which they are.
     """
 
     prompt: Prompt
     queries: int
     past: int | torch.Tensor
     mask: Optional[torch.Tensor]
-    positions: torch.Tensor
+    positions: Optional[torch.Tensor] = None
+    is_causal: bool = True
     masks: dict = field(default_factory=dict)
+    attended: int = 0
 
     def attend(self, attention, module, query, key, value, mask, kwargs) -> tuple[torch.Tensor, Any]:
         """The attention of one layer to [prompt; text].
@@ -64,10 +74,14 @@ class InFront:
             key (`torch.Tensor`): The text's, (B, key-value heads, N, D).
             value (`torch.Tensor`): The text's.
             mask (`torch.Tensor`, *optional*):
-                The text's, (B or 1, heads or 1, S, N or more), boolean or additive; `None`: causal.
+                The text's, (B or 1, heads or 1, S, N or more), boolean or additive; `None`: causal, or all of it for a
+                backbone that looks both ways.
             kwargs (`dict`): The further arguments of the attention function.
         """
-        prompt_key, prompt_value = self.prompt.states[module.layer_idx]
+        layer = layer_of(module)
+        if layer is None:
+            layer, self.attended = self.attended, self.attended + 1
+        prompt_key, prompt_value = self.prompt.states[layer]
         if not key.dtype == prompt_key.dtype == prompt_value.dtype or prompt_key.device != key.device:
             # Under autocast, keys that went through rotary embeddings may be float32 beside values in bfloat16.
             prompt_key, prompt_value = prompt_key.to(key), prompt_value.to(key)
@@ -76,19 +90,24 @@ class InFront:
             # A window longer than the whole sequence hides nothing.
             window = None if self.past + self.queries + self.prompt.length <= window else window
         given_mask, mask = mask, mask if mask is None else mask[..., :tokens]
-        if mask is None and 1 < queries < self.queries:  # the queries are those of the last tokens only
+        is_causal = self.is_causal and queries > 1
+        if mask is None and is_causal and queries < self.queries:  # the queries are those of the last tokens only
             mask = torch.ones(self.queries, tokens, dtype=torch.bool, device=key.device).tril()[None, None, -queries:]
         copied = key.numel() + len(key) * prompt_key.numel()
         is_small = queries == 1 and copied <= SMALL and not torch.is_grad_enabled()
         is_plain = attention is sdpa_attention_forward and window is None
         if is_plain and not is_small and can_merge(query, key, value, kwargs):
-            return merged_attention(query, key, value, prompt_key, prompt_value, mask, kwargs.get("scaling")), None
+            scale = kwargs.get("scaling")
+            return merged_attention(query, key, value, prompt_key, prompt_value, mask, is_causal, scale), None
         if len(key) > 1:
             prompt_key, prompt_value = (t.expand(len(key), -1, -1, -1) for t in (prompt_key, prompt_value))
         key, value = torch.cat([prompt_key, key], dim=2), torch.cat([prompt_value, value], dim=2)
-        if mask is None and window is None and queries in (1, tokens):
-            if queries > 1:
-                mask = causal_lower_right(tokens, key.shape[2])
+        if (bias := kwargs.get("position_bias")) is not None:  # the prompt has no distance to the text
+            kwargs["position_bias"] = functional.pad(bias[..., :tokens], (self.prompt.length, 0))
+        if mask is None and window is None and not is_causal:
+            pass  # all is seen
+        elif mask is None and window is None and queries == tokens:
+            mask = causal_lower_right(tokens, key.shape[2])
         else:
             mask = self._mask(given_mask, mask, queries, tokens, window, key.device)
         return attention(module, query, key, value, mask, **kwargs)
@@ -117,24 +136,24 @@ class InFront:
         length = self.prompt.length
         if mask is None:
             mask = torch.ones(1, 1, queries, tokens, dtype=torch.bool, device=device)
-            mask = mask if queries == 1 else mask.tril()
+            mask = mask.tril() if self.is_causal and queries > 1 else mask
         if window is None:
             visible = torch.ones(1, 1, 1, length, dtype=torch.bool, device=device)
         else:
             column = torch.arange(length, device=device)
             # Some models compute queries for the last tokens only.
-            visible = self._distances().to(device)[:, None, -queries:, None] - column < window
+            visible = self._distances(device)[:, None, -queries:, None] - column < window
         if mask.dtype != torch.bool:
             visible = mask.new_zeros(()).masked_fill(~visible, torch.finfo(mask.dtype).min)
         shape = torch.broadcast_shapes(mask.shape[:-1], visible.shape[:-1])
         return torch.cat([visible.expand(*shape, -1), mask.expand(*shape, -1)], dim=-1)
 
-    def _distances(self) -> torch.Tensor:
+    def _distances(self, device: torch.device) -> torch.Tensor:
         """How far behind the prompt's first token the tokens of the call are: (B or 1, S)."""
-        if self.mask is None and self.positions.dim() == 2:
-            return self.positions  # those of multimodal embeddings are no distances
-        columns = torch.arange(self.queries, device=self.positions.device)[None] + self.past + self.prompt.length
-        return columns if self.mask is None else columns - leading_padding(self.mask)
+        if self.mask is None and self.positions is not None and self.positions.dim() == 2:
+            return self.positions.to(device)  # those of multimodal embeddings are no distances
+        columns = torch.arange(self.queries, device=device)[None] + self.past + self.prompt.length
+        return columns if self.mask is None else columns - leading_padding(self.mask).to(device)
 
 
 @dataclass
@@ -143,14 +162,23 @@ class Recording:
 
     states: States = field(default_factory=dict)
     windows: dict[int, Optional[int]] = field(default_factory=dict)
+    modules: dict[int, nn.Module] = field(default_factory=dict)
     attended: int = 0
 
     def attend(self, attention, module, query, key, value, mask, kwargs) -> tuple[torch.Tensor, Any]:
-        layer = getattr(module, "layer_idx", None)
+        layer = layer_of(module)
+        layer = self.attended if layer is None else layer
         self.states[layer] = key, value
+        self.modules[layer] = module
         self.windows[layer] = kwargs.get("sliding_window")
         self.attended += 1
         return attention(module, query, key, value, mask, **kwargs)
+
+
+def layer_of(module: nn.Module) -> Optional[int]:
+    """Which layer an attention is; `None` if it does not say, as where all layers are one module."""
+    layer = getattr(module, "layer_idx", None)
+    return getattr(module, LAYER, None) if layer is None else layer
 
 
 def _sdpa_attention(module, query, key, value, attention_mask, **kwargs):

@@ -49,24 +49,37 @@ def run(forward: Callable, call: Call, prompt: Prompt) -> Any:
     Raises:
         ValueError: The text is too long, or its mask too short.
     """
-    positions, mask, past, text = call.given_positions, call.plain_mask, call.past, call.tokens.shape[1]
-    if positions is None:
+    mask, past, is_causal = call.plain_mask, call.past, call.backbone.is_causal
+    if call.given_positions is None:
         call.check_packing()
     if not isinstance(past, torch.Tensor):
-        call.check_lengths(past, prompt.length, mask)
-    if positions is None:
-        positions = (torch.arange(text, device=call.tokens.device) + past)[None]
-        if mask is not None:
-            positions = count_positions(mask).take_along_dim(positions, dim=-1)
-    positions = positions + prompt.length
-    in_front = InFront(prompt, text, past, mask, positions)
+        call.check_lengths(past, prompt.positions, mask)
+    positions = _positions(call, mask, prompt)
+    from_prompt = None if positions is None else positions + prompt.length
+    in_front = InFront(prompt, call.tokens.shape[1], past, mask, from_prompt, is_causal)
     if call.cache is not None:
         call.cache.ptuning_prompt = prompt
-    output = forward(**{**call.given, "position_ids": positions, KEYWORD: in_front})
+    arguments = {**call.given, KEYWORD: in_front}
+    if positions is not None and "position_ids" in call.backbone.parameters:
+        arguments["position_ids"] = positions + prompt.positions
+    output = forward(**arguments)
     for value in output if isinstance(output, tuple) else output.values():
         if isinstance(value, Cache):
             value.ptuning_prompt = prompt
     return output
+
+
+def _positions(call: Call, mask: Optional[torch.Tensor], prompt: Prompt) -> Optional[torch.Tensor]:
+    """The text's positions, (B or 1, S), or (3, B, S) of images; `None` where they are left to an encoder."""
+    if call.given_positions is not None:
+        return call.given_positions
+    if not call.backbone.is_causal and not prompt.positions:
+        return None
+    text = call.tokens.shape[1]
+    positions = (torch.arange(text, device=call.tokens.device) + call.past)[None]
+    if mask is not None and call.backbone.counts_tokens:
+        positions = count_positions(mask).take_along_dim(positions, dim=-1)
+    return positions + call.backbone.first_position
 
 
 def why_not(stack: PreTrainedModel) -> Optional[str]:
@@ -141,15 +154,21 @@ def _record(config: Any, forward: Callable, vectors: torch.Tensor) -> States:
     forward(**arguments, **{KEYWORD: recording})
     # A copy of the dict: with gradient checkpointing the layers run again in the backward pass and would overwrite it.
     states = dict(recording.states)
-    if len(states) != config.num_hidden_layers:
+    check_recording(recording, config)
+    return states
+
+
+def check_recording(recording: Recording, config: Any) -> None:
+    """Raises `NotRecorded` unless each layer of a backbone with this config called its attention once."""
+    layers = len(recording.states)
+    if layers != config.num_hidden_layers:
         raise NotRecorded("not all of its layers hand their arguments down to an attention of their own")
-    if recording.attended != len(states):
+    if recording.attended != layers:
         raise NotRecorded("its layers attend more than once")
     if getattr(config, "sliding_window", None) is not None:
-        kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * len(states)
+        kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * layers
         if any(kinds[layer] == "sliding_attention" and window is None for layer, window in recording.windows.items()):
             raise NotRecorded("its attention does not tell its sliding window")
-    return states
 
 
 class StoredStates:

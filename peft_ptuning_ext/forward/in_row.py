@@ -108,12 +108,16 @@ def go_on(forward: Callable, call: Call, why_in_row: Callable[[], Optional[str]]
     """
     _check(call, why_in_row)
     prompt, text = call.cached_prompt, call.tokens.shape[1]
-    call.check_lengths(call.past - prompt.length, prompt.length, call.mask)
+    before = call.past - prompt.length
+    call.check_lengths(before, prompt.positions, call.mask)
     widened = {}
     if call.mask is not None:
         widened["attention_mask"] = _widen_later_mask(call, prompt)
-    if (positions := call.positions()) is not None:
-        widened["position_ids"] = positions[..., -text:] + prompt.length
+    positions = call.positions()
+    if positions is None and not prompt.takes_positions and "position_ids" in call.backbone.parameters:
+        positions = torch.arange(text, device=call.tokens.device)[None] + before
+    if positions is not None:
+        widened["position_ids"] = positions[..., -text:] + prompt.positions
     output = forward(**call.arguments(**widened))
     for value in output if isinstance(output, tuple) else output.values():
         if isinstance(value, Cache):

@@ -51,6 +51,7 @@ def merged_attention(
     prompt_key: torch.Tensor,
     prompt_value: torch.Tensor,
     mask: Optional[torch.Tensor] = None,
+    is_causal: bool = True,
     scale: Optional[float] = None,
 ) -> torch.Tensor:
     """Attention to [prompt; text], the prompt visible to every query.
@@ -62,8 +63,10 @@ def merged_attention(
         prompt_key (`torch.Tensor`): (1, key-value heads, V, D).
         prompt_value (`torch.Tensor`): Of the same shape.
         mask (`torch.Tensor`, *optional*):
-            The text's, (B or 1, heads or 1, S, N), boolean or additive; `None`: query s sees the first s + 1 keys, or
-            all of them if it is the only one.
+            The text's, (B or 1, heads or 1, S, N), boolean or additive.
+        is_causal (`bool`):
+            Without a mask: whether query s sees the first s + 1 keys, rather than all of them. A single query always
+            sees all.
         scale (`float`, *optional*): Of the scores; by default 1/√D.
 
     Returns:
@@ -71,7 +74,7 @@ def merged_attention(
     """
     batch_size, heads, queries, width = query.shape
     groups = heads // key.shape[1]
-    is_causal = mask is None and queries > 1
+    is_causal = is_causal and mask is None and queries > 1
     if groups > 1 and queries == 1 and (mask is None or mask.shape[1] == 1):
         query = query.reshape(batch_size, heads // groups, groups, width)  # one query per head: heads as queries
     elif groups > 1:

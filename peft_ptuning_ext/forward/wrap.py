@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from ..backbone import Backbone
 from ..prompts.adapter import ATTACHMENT, find_stack
 from ..prompts.layer import PTuningLayer
-from . import in_attention, in_row
+from . import deep, in_attention, in_row
 from .attention import adapt_attention, restore_attention
 from .call import Call
 from .in_attention import NotRecorded, StoredStates
@@ -73,9 +73,10 @@ def run(stack: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
                 f"{stack.config._attn_implementation!r}, which does not see it. Begin with an empty cache."
             )
         return in_attention.run(forward, call, call.cached_prompt)
-    is_in_attention = call.is_worth_a_pass and why_in_row(stack) is None
     prompt = layer.make_prompt(names, call.tokens.dtype if call.is_embedded else layer.dtype or stack.dtype)
-    if is_in_attention:
+    if prompt.states is not None:
+        return deep.run(stack, forward, call, prompt)
+    if call.is_worth_a_pass and why_in_row(stack) is None:
         try:
             prompt = in_attention.with_states(stack, forward, prompt)
         except NotRecorded as reason:
@@ -148,6 +149,7 @@ def detach(model: nn.Module) -> None:
     if attachment.decoder_hook is not None:
         attachment.decoder_hook.remove()
     restore_attention(stack)
+    deep.leave_prompts(stack)
     delattr(stack, ATTACHMENT)
 
 

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prompt encoders: trainable parameters → the prompt P of shape (V, H). Nothing here knows transformers.
 
-A new encoder is one class with one tensor function, `reparameterize`, and a line in `ENCODERS`.
+A new encoder is one class with one tensor function, `reparameterize`, and a line in `build.ENCODERS`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Optional
 import torch
 from torch import nn
 
-from ..config import PromptEncoderType, PTuningConfig
+from ..config import PTuningConfig
 
 
 class PromptEncoder(nn.Module):
@@ -79,7 +79,7 @@ class _NetworkEncoder(PromptEncoder):
         self.train(was_training)
 
 
-def _hidden_layers(sizes: list[int], dropout: float) -> list[nn.Module]:
+def hidden_layers(sizes: list[int], dropout: float) -> list[nn.Module]:
     """Linear, ReLU and dropout for each step of `sizes`."""
     layers: list[nn.Module] = []
     for size_in, size_out in pairwise(sizes):
@@ -95,7 +95,7 @@ class MLPEncoder(_NetworkEncoder):
     def __init__(self, config: PTuningConfig, width: int):
         super().__init__(config, width)
         sizes = [width] + [config.encoder_hidden_size] * config.encoder_num_layers
-        self.mlp = nn.Sequential(*_hidden_layers(sizes, config.encoder_dropout), nn.Linear(sizes[-1], width))
+        self.mlp = nn.Sequential(*hidden_layers(sizes, config.encoder_dropout), nn.Linear(sizes[-1], width))
 
     def reparameterize(self, embedding: torch.Tensor) -> torch.Tensor:
         return self.mlp(embedding)
@@ -127,26 +127,8 @@ class ResidualEncoder(_NetworkEncoder):
     def __init__(self, config: PTuningConfig, width: int):
         super().__init__(config, width)
         sizes = [width] + [config.encoder_hidden_size] * config.encoder_num_layers
-        self.mlp = nn.Sequential(*_hidden_layers(sizes, config.encoder_dropout), nn.Linear(sizes[-1], width))
+        self.mlp = nn.Sequential(*hidden_layers(sizes, config.encoder_dropout), nn.Linear(sizes[-1], width))
         self.norm = nn.LayerNorm(width)
 
     def reparameterize(self, embedding: torch.Tensor) -> torch.Tensor:
         return embedding + self.norm(self.mlp(embedding))
-
-
-ENCODERS: dict[PromptEncoderType, type[PromptEncoder]] = {
-    PromptEncoderType.NONE: PromptEncoder,
-    PromptEncoderType.MLP: MLPEncoder,
-    PromptEncoderType.LSTM: LSTMEncoder,
-    PromptEncoderType.RESIDUAL: ResidualEncoder,
-}
-
-
-def build_encoder(config: PTuningConfig, width: int) -> PromptEncoder:
-    """Returns the encoder that `config` asks for, its prompt not yet started.
-
-    Args:
-        config ([`PTuningConfig`]): Which encoder, its length V and sizes.
-        width (`int`): Width H of the model's input embedding.
-    """
-    return ENCODERS[config.encoder_reparameterization_type](config, width)

@@ -10,22 +10,18 @@ from typing import Optional
 
 import torch
 from accelerate.utils import align_module_device
-from peft import PromptTuningInit
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import gather_params_ctx
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.distributed.tensor import DTensor, Partial
 from torch.func import functional_call
-from transformers import AutoTokenizer
 
 from ..config import PTuningConfig
-from .encoder import build_encoder
-from .prompt import Prompt
-
-
-# How many of the model's embeddings are looked at for their mean and standard deviation.
-SCALE_SAMPLE = 4096
+from .build import build_encoder
+from .deep import DeepPromptEncoder, Shapes, cast
+from .prompt import Prompt, States
+from .start import start_vectors
 
 
 class PTuningLayer(nn.Module, BaseTunerLayer):
@@ -83,9 +79,13 @@ class PTuningLayer(nn.Module, BaseTunerLayer):
         return () if self._disable_adapters else tuple(self._active_adapter)
 
     def make_prompt(self, names: tuple[str, ...], dtype: torch.dtype) -> Prompt:
-        """Returns the prompt of adapters by name, with its vectors, (1, V, H), in `dtype`."""
-        vectors = self.prompt(*names)[None].to(dtype)
-        return Prompt(names, vectors.shape[1], vectors)
+        """Returns the prompt of adapters by name, with its vectors, (1, V, H), or keys and values, in `dtype`."""
+        (name,) = names
+        encoder, encoded = self.ptuning_encoders[name], self.encode(name)
+        if isinstance(encoder, DeepPromptEncoder):
+            length, shifts = encoder.num_virtual_tokens, encoder.shift_positions
+            return Prompt(names, length, states=cast(encoded, dtype), takes_positions=shifts)
+        return Prompt(names, len(encoded), encoded[None].to(dtype))
 
     @property
     def dtype(self) -> Optional[torch.dtype]:
@@ -141,13 +141,26 @@ class PTuningLayer(nn.Module, BaseTunerLayer):
         for encoder in self.ptuning_encoders.values():
             encoder.freeze_constants()
 
-    def update_layer(self, adapter_name: str, config: PTuningConfig, start: Optional[torch.Tensor] = None) -> None:
-        """Adds the encoder of a new adapter, unless on meta with its prompt at `start` (V, H) or as `config` says."""
-        encoder = build_encoder(config, self.get_base_layer().embedding_dim)
+    def update_layer(
+        self,
+        adapter_name: str,
+        config: PTuningConfig,
+        start: Optional[torch.Tensor | States] = None,
+        shapes: Optional[Shapes] = None,
+    ) -> None:
+        """Adds the encoder of a new adapter, unless on meta with its prompt at `start` or as `config` says.
+
+        Args:
+            adapter_name (`str`): Its name.
+            config ([`PTuningConfig`]): Its config.
+            start (`torch.Tensor` or `dict[int, tuple]`, *optional*): Vectors (V, H), or keys and values by layer.
+            shapes (`dict[int, LayerShape]`, *optional*): What each layer takes, for a deep prompt.
+        """
+        encoder = build_encoder(config, self.get_base_layer().embedding_dim, shapes)
         if self._device.type == "meta":
             encoder = encoder.to("meta")
-        elif not encoder.embedding.is_meta:  # low_cpu_mem_usage: the values come with the checkpoint
-            encoder.start_at(self._start(config) if start is None else start)
+        elif not next(encoder.parameters()).is_meta:  # low_cpu_mem_usage: the values come with the checkpoint
+            encoder.start_at(start_vectors(self, config) if start is None else start)
         self.ptuning_encoders[adapter_name] = encoder
         self._move_adapter_to_device_of_base_layer(adapter_name)
 
@@ -158,22 +171,27 @@ class PTuningLayer(nn.Module, BaseTunerLayer):
             self.ptuning_encoders[adapter_name].to(device)
 
     def prompt(self, adapter_name: str) -> torch.Tensor:
-        """Returns the adapter's prompt, shape (V, H), in its encoder's dtype."""
+        """Returns the vectors of an adapter's prompt, shape (V, H), in its encoder's dtype.
+
+        Raises:
+            ValueError: The prompt is deep and has no vectors.
+        """
+        if self.is_deep(adapter_name):
+            raise ValueError(
+                f"The prompt of adapter {adapter_name!r} is deep: it consists of keys and values in every layer, and "
+                "has no vectors in front of the input embeddings. `model.prompt_key_values()` returns what it has."
+            )
+        return self.encode(adapter_name)
+
+    def is_deep(self, adapter_name: str) -> bool:
+        """Whether an adapter's prompt is keys and values in every layer."""
+        return isinstance(self.ptuning_encoders[adapter_name], DeepPromptEncoder)
+
+    def encode(self, adapter_name: str) -> torch.Tensor | States:
+        """Returns what an adapter's encoder makes: vectors (V, H), or keys and values by layer, in its own dtype."""
         encoder = self.ptuning_encoders[adapter_name]
         gathered = {name: _gather(value) for name, value in encoder.named_parameters() if isinstance(value, DTensor)}
         return functional_call(encoder, gathered, ()) if gathered else encoder()
-
-    def _start(self, config: PTuningConfig) -> torch.Tensor:
-        """The vectors at which the prompt starts, shape (V, H), float32 on the CPU."""
-        length = config.num_virtual_tokens
-        vocabulary = self.get_base_layer().num_embeddings
-        if config.prompt_tuning_init == PromptTuningInit.SAMPLE_VOCAB:
-            return self.embed_ids(torch.randint(vocabulary, (length,)))
-        if config.prompt_tuning_init == PromptTuningInit.TEXT and not config._from_file:
-            return self.embed_ids(_text_ids(config, vocabulary))
-        # Evenly spread ids rather than random ones: the scale is that of the model and not of a draw.
-        sample = self.embed_ids(torch.linspace(0, vocabulary - 1, min(vocabulary, SCALE_SAMPLE)).long())
-        return sample.mean() + sample.std() * torch.randn(length, sample.shape[-1])
 
     @torch.no_grad()
     def embed_ids(self, token_ids: torch.Tensor) -> torch.Tensor:
@@ -202,20 +220,3 @@ def _gather(parameter: DTensor) -> torch.Tensor:
     gathered here.
     """
     return parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
-
-
-def _text_ids(config: PTuningConfig, vocabulary: int) -> torch.Tensor:
-    """The token ids of the config's text, repeated or cut to V: shape (V,)."""
-    tokenizer = config._tokenizer
-    if tokenizer is None:
-        tokenizer = AutoTokenizer.from_pretrained(config.tokenizer_name_or_path, trust_remote_code=False)
-    ids = tokenizer(config.prompt_tuning_init_text, add_special_tokens=False)["input_ids"]
-    if not ids:
-        raise ValueError(f"`prompt_tuning_init_text` {config.prompt_tuning_init_text!r} has no tokens.")
-    if max(ids) >= vocabulary:
-        raise ValueError(
-            f"The tokenizer gives id {max(ids)}, and the model has {vocabulary} embeddings: "
-            "`tokenizer_name_or_path` is not this model's tokenizer."
-        )
-    repeats = -(-config.num_virtual_tokens // len(ids))
-    return torch.tensor((ids * repeats)[: config.num_virtual_tokens])

@@ -16,7 +16,7 @@ States = dict[int, tuple[torch.Tensor, torch.Tensor]]
 
 @dataclass(frozen=True)
 class Prompt:
-    """The prompt of one call, as vectors that enter the backbone, or as the keys and values that come of them.
+    """The prompt of one call, as vectors that enter the backbone, or as keys and values in every layer.
 
     A cache that was filled behind a prompt has a `Prompt`, too. It then tells which prompt that was.
 
@@ -27,6 +27,7 @@ class Prompt:
         states (`dict[int, tuple]`, *optional*): Its keys and values in every layer.
         places (`torch.Tensor`, *optional*):
             In a cache: the columns of the text that it stands before, (B, V); `None`: in front of all columns.
+        takes_positions (`bool`, defaults to `True`): Whether the text's positions begin at V, rather than at 0.
     """
 
     names: tuple[str, ...]
@@ -34,3 +35,9 @@ class Prompt:
     vectors: Optional[torch.Tensor] = None
     states: Optional[States] = None
     places: Optional[torch.Tensor] = None
+    takes_positions: bool = True
+
+    @property
+    def positions(self) -> int:
+        """How many positions it takes from the text: V or 0."""
+        return self.length if self.takes_positions else 0

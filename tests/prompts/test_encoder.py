@@ -12,7 +12,7 @@ from torch.nn.functional import layer_norm
 from transformers import PreTrainedTokenizerFast
 
 from peft_ptuning_ext import PromptEncoderType, PTuningConfig
-from peft_ptuning_ext.prompts.encoder import build_encoder
+from peft_ptuning_ext.prompts.build import build_encoder
 
 
 V, H = 6, 16

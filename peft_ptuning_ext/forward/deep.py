@@ -1,0 +1,196 @@
+# SPDX-FileCopyrightText: 2026 The peft_ptuning_ext authors
+# SPDX-License-Identifier: Apache-2.0
+"""Deep prompts: how their keys and values get in front of the text's in every layer.
+
+Nothing of the input is widened, and the text's positions are the model's own unless the prompt takes some. There are
+three ways, of which [`~peft_ptuning_ext.backbone.Backbone`] names one. Where attention goes through transformers'
+interface, it is given the prompt there. Where it calculates by itself, the prompt is put behind what its projections
+make. A causal decoder that allows neither finds the prompt in its cache.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Optional
+
+import torch
+from peft.utils.integrations import gather_params_ctx
+from torch import nn
+from transformers import Cache, DynamicCache, PreTrainedModel
+
+from ..backbone import ATTENTION_NAMES, Backbone
+from ..prompts.layer import PTuningLayer
+from ..prompts.prompt import Prompt, States
+from . import in_attention, in_row, projections
+from .attention import KEYWORD, LAYER, Recording, adapt_attention, layer_of
+from .cache import full_view, note_prompt
+from .call import Call
+from .in_attention import NotRecorded, check_recording
+
+
+# Why a cache holds the prompt, for messages.
+WHY_CACHED = "it stands in every layer, and attention does not go through transformers' attention interface"
+
+
+def run(stack: PreTrainedModel, forward: Callable, call: Call, prompt: Prompt) -> Any:
+    """Runs a call that begins a sequence behind a deep prompt.
+
+    Args:
+        stack (`PreTrainedModel`): The backbone.
+        forward (`Callable`): Its own `forward`.
+        call ([`Call`]): What was asked.
+        prompt ([`Prompt`]): With its states.
+
+    Raises:
+        ValueError: The attention implementation was changed to one that does not take a prompt, or a cache is needed
+            and can't be used.
+    """
+    way = call.backbone.deep_way
+    if way == "cache":
+        return _run_behind_cache(stack, forward, call, prompt)
+    if way == "projections":
+        return projections.run(stack, forward, call, prompt)
+    check_implementation(stack)
+    return in_attention.run(forward, call, prompt)
+
+
+def check_implementation(stack: PreTrainedModel) -> None:
+    """Refuses an attention implementation that does not see a deep prompt."""
+    if not in_attention.takes_prompt(stack):
+        raise ValueError(
+            f"The attention implementation of this {type(stack).__name__} was changed to "
+            f"{stack.config._attn_implementation!r}, which does not see a prompt in every layer. Set it before the "
+            f"adapter is added, to one of {[*ATTENTION_NAMES]}."
+        )
+
+
+def _run_behind_cache(stack: PreTrainedModel, forward: Callable, call: Call, prompt: Prompt) -> Any:
+    """Puts the prompt into an empty cache and goes on behind it."""
+    name, cache = call.backbone.cache_name, call.cache
+    if any(module.training and getattr(module, "gradient_checkpointing", False) for module in stack.modules()):
+        raise ValueError(
+            f"{call.stack} takes a prompt in every layer through its cache, which transformers leaves out under "
+            "gradient checkpointing. Turn gradient checkpointing off."
+        )
+    is_own = cache is None
+    cache = DynamicCache(config=stack.config) if is_own else full_view(cache)
+    if in_row.is_static(cache):
+        raise ValueError(
+            f"{call.stack} got a static cache, which has no room for a prompt in every layer. Leave "
+            "`cache_implementation` at its default."
+        )
+    for layer, states in prompt.states.items():
+        cache.update(*(state.expand(len(call.tokens), -1, -1, -1) for state in states), layer)
+    behind = Prompt(prompt.names, prompt.length, takes_positions=prompt.takes_positions)
+    note_prompt(cache if is_own else call.cache, behind)
+    given = call.arguments(**{name: full_view(cache)})
+    filled = dataclasses.replace(call, given=given, cache=given[name], past=prompt.length, cached_prompt=behind)
+    output = in_row.go_on(forward, filled, lambda: WHY_CACHED)
+    return _without_cache(output) if is_own and call.given.get("use_cache") is False else output
+
+
+def _without_cache(output: Any) -> Any:
+    """The outputs of a caller that has asked for no cache."""
+    if isinstance(output, tuple):
+        return tuple(value for value in output if not isinstance(value, Cache))
+    return type(output)(**{name: value for name, value in output.items() if not isinstance(value, Cache)})
+
+
+def measure(
+    stack: PreTrainedModel, backbone: Backbone, token_ids: torch.Tensor, first_position: int = 0
+) -> tuple[States, dict[int, nn.Module]]:
+    """Returns the keys and values that a backbone itself makes of tokens, by one pass of them in evaluation.
+
+    Args:
+        stack (`PreTrainedModel`): The backbone, with prompts attached or not.
+        backbone ([`Backbone`]): Facts about it.
+        token_ids (`torch.Tensor`): Ids (N,).
+        first_position (`int`): The position of the first of them, where it is not the model's own.
+
+    Returns:
+        `tuple[dict, dict]`: By layer, keys and values (1, key-value heads, N, D); and the modules that attend.
+
+    Raises:
+        ValueError: Its attention can't be reached.
+    """
+    if backbone.deep_way is None:
+        raise _refusal(stack, backbone.not_deep)
+    ids = token_ids[None].to(stack.device)
+    arguments = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if first_position:
+        positions = torch.arange(len(token_ids), device=stack.device)[None] + first_position
+        arguments["position_ids"] = positions
+    with torch.no_grad(), _in_evaluation(stack), gather_params_ctx(stack.parameters()):
+        if backbone.deep_way == "cache":
+            cache = DynamicCache(config=stack.config)
+            stack(**arguments, **{backbone.cache_name: cache, "use_cache": True})
+            return {index: (layer.keys, layer.values) for index, layer in enumerate(cache.layers)}, {}
+        if backbone.deep_way == "projections":
+            return projections.record(stack, arguments), {}
+        recording = _record(stack, arguments)
+        return recording.states, recording.modules
+
+
+@contextmanager
+def _in_evaluation(stack: nn.Module) -> Iterator[None]:
+    """Inside, nothing is drawn at random, and no prompt is in front."""
+    was_training = {module: module.training for module in stack.modules()}
+    layers = [module for module in stack.modules() if isinstance(module, PTuningLayer)]
+    try:
+        stack.eval()
+        with ExitStack() as entered:
+            for layer in layers:
+                entered.enter_context(layer.without_prompt())
+            yield
+    finally:
+        for module, mode in was_training.items():
+            module.training = mode
+
+
+def _record(stack: PreTrainedModel, arguments: dict[str, Any]) -> Recording:
+    config, recording = stack.config, Recording()
+    implementation = config._attn_implementation
+    config._attn_implementation = ATTENTION_NAMES.get(implementation, implementation)
+    try:
+        stack(**arguments, **{KEYWORD: recording})
+    finally:
+        config._attn_implementation = implementation
+    try:
+        check_recording(recording, config)
+    except NotRecorded as reason:
+        raise _refusal(stack, str(reason)) from None
+    return recording
+
+
+def take_prompts(stack: PreTrainedModel, backbone: Backbone, modules: dict[int, nn.Module]) -> None:
+    """Lets the attention of a backbone take deep prompts; [`leave_prompts`] undoes it.
+
+    Args:
+        stack (`PreTrainedModel`): The backbone, with prompts attached.
+        backbone ([`Backbone`]): Facts about it.
+        modules (`dict[int, nn.Module]`): The attention of each layer, as [`measure`] has found it.
+    """
+    if backbone.deep_way == "projections" and not projections.is_attached(stack):
+        projections.attach(stack)
+    elif backbone.deep_way == "attention":
+        adapt_attention(stack)
+        if len(set(modules.values())) == len(modules):  # else all layers are one module, and are counted
+            for layer, module in modules.items():
+                if layer_of(module) is None:
+                    setattr(module, LAYER, layer)
+
+
+def leave_prompts(stack: PreTrainedModel) -> None:
+    """Undoes [`take_prompts`], except for the name of the attention, which is that of prompts at the input, too."""
+    projections.detach(stack)
+    for module in stack.modules():
+        vars(module).pop(LAYER, None)
+
+
+def _refusal(stack: nn.Module, reason: str) -> ValueError:
+    return ValueError(
+        f"A prompt in every layer (prompt_depth='DEEP') can't be given to {type(stack).__name__}: {reason}. "
+        "Choose prompt_depth='INPUT'."
+    )

@@ -1,0 +1,189 @@
+# SPDX-FileCopyrightText: 2026 The peft_ptuning_ext authors
+# SPDX-License-Identifier: Apache-2.0
+"""Encoders of deep prompts: trainable parameters → keys and values of V positions in every layer.
+
+The method is "P-Tuning v2" (Liu et al., 2022, https://huggingface.co/papers/2110.07602, section 3.2). Nothing here
+knows transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple, Optional
+
+import torch
+from torch import nn
+
+from ..config import PromptEncoderType, PTuningConfig
+from .encoder import hidden_layers
+from .prompt import States
+
+
+class LayerShape(NamedTuple):
+    """What one layer's attention takes in front of its text: `heads` key-value heads, of widths D."""
+
+    heads: int
+    key_width: int
+    value_width: int
+
+    @property
+    def width(self) -> int:
+        """How many numbers one position has, keys and values together."""
+        return self.heads * (self.key_width + self.value_width)
+
+
+# By layer, in order.
+Shapes = dict[int, LayerShape]
+
+
+def shapes_of(states: States) -> Shapes:
+    """Returns the shapes of keys and values, each (1, key-value heads, N, D)."""
+    return {
+        layer: LayerShape(key.shape[1], key.shape[3], value.shape[3]) for layer, (key, value) in sorted(states.items())
+    }
+
+
+def describe(shapes: Shapes) -> str:
+    """Says in words what keys and values a model takes, for messages."""
+    kinds = sorted(set(shapes.values()))
+    sizes = " or ".join(f"{kind.heads} key-value heads of {kind.key_width}" for kind in kinds)
+    return f"{len(shapes)} layers with {sizes}"
+
+
+class DeepPromptEncoder(nn.Module):
+    """Plain trainable keys and values (Liu et al., 2022, section 3.2).
+
+    Args:
+        config ([`PTuningConfig`]): Length V, and dropout on what comes out.
+        width (`int`): Width H of the model's input embedding.
+        shapes (`dict[int, LayerShape]`): What each layer takes.
+    """
+
+    def __init__(self, config: PTuningConfig, width: int, shapes: Shapes):
+        super().__init__()
+        length = self.num_virtual_tokens = config.num_virtual_tokens
+        self.shift_positions = config.shift_positions
+        self.dropout = nn.Dropout(config.encoder_dropout)
+        self.keys = nn.ParameterDict()
+        self.values = nn.ParameterDict()
+        for layer, shape in shapes.items():
+            self.keys[str(layer)] = nn.Parameter(torch.zeros(shape.heads, length, shape.key_width))
+            self.values[str(layer)] = nn.Parameter(torch.zeros(shape.heads, length, shape.value_width))
+
+    def forward(self) -> States:
+        """Returns keys and values by layer, each (1, key-value heads, V, D), in the dtype of the parameters."""
+        return self._drop(self._constants())
+
+    @torch.no_grad()
+    def start_at(self, states: States) -> None:
+        """Sets the parameters so that `forward()` returns `states` in evaluation."""
+        for layer, (key, value) in states.items():
+            self.keys[str(layer)].copy_(key[0])
+            self.values[str(layer)].copy_(value[0])
+
+    def freeze_constants(self) -> None:
+        """Freezes the parameters that are never trained, after all of them were made trainable."""
+
+    @property
+    def shapes(self) -> Shapes:
+        """What each layer takes."""
+        return shapes_of(self._constants())
+
+    def _constants(self) -> States:
+        return {int(layer): (self.keys[layer][None], self.values[layer][None]) for layer in self.keys}
+
+    def _drop(self, states: States) -> States:
+        if not self.training or self.dropout.p == 0:
+            return states
+        return {layer: (self.dropout(key), self.dropout(value)) for layer, (key, value) in states.items()}
+
+
+class DeepMLPEncoder(DeepPromptEncoder):
+    """A perceptron from V vectors to all keys and values (Liu et al., 2022, section 3.3, "reparameterization").
+
+    Its keys and values are constants, which make the start what was asked for. They are saved and stay frozen.
+    """
+
+    def __init__(self, config: PTuningConfig, width: int, shapes: Shapes):
+        super().__init__(config, width, shapes)
+        self.embedding = nn.Parameter(torch.randn(config.num_virtual_tokens, width))
+        sizes = [width] + [config.encoder_hidden_size] * config.encoder_num_layers
+        outputs = sum(shape.width for shape in shapes.values())
+        self.mlp = nn.Sequential(*hidden_layers(sizes, 0), nn.Linear(sizes[-1], outputs))
+        self.freeze_constants()
+
+    def freeze_constants(self) -> None:
+        for constants in (self.keys, self.values):
+            constants.requires_grad_(False)
+
+    def reparameterize(self, embedding: torch.Tensor) -> States:
+        """Maps (V, H) to keys and values by layer, each (1, key-value heads, V, D)."""
+        shapes = self.shapes
+        parts = iter(self.mlp(embedding).split([s.heads * w for s in shapes.values() for w in s[1:]], dim=1))
+        states = {}
+        for layer, shape in shapes.items():
+            states[layer] = tuple(next(parts).unflatten(1, (shape.heads, -1)).transpose(0, 1)[None] for _ in "kv")
+        return states
+
+    def forward(self) -> States:
+        made = self.reparameterize(self.embedding)
+        constants = self._constants()
+        added = {
+            layer: tuple(one + other for one, other in zip(made[layer], constants[layer], strict=True))
+            for layer in made
+        }
+        return self._drop(added)
+
+    @torch.no_grad()
+    def start_at(self, states: States) -> None:
+        made = self.reparameterize(self.embedding)
+        super().start_at({layer: (key - made[layer][0], value - made[layer][1]) for layer, (key, value) in states.items()})
+
+
+DEEP_ENCODERS: dict[PromptEncoderType, type[DeepPromptEncoder]] = {
+    PromptEncoderType.NONE: DeepPromptEncoder,
+    PromptEncoderType.MLP: DeepMLPEncoder,
+}
+
+
+def random_states(sample: States, length: int, zero_values: bool = False) -> States:
+    """Draws V = `length` keys and values at the scale of the model's own.
+
+    Args:
+        sample (`dict[int, tuple]`): Keys and values that the model makes of some tokens, each (1, heads, N, D).
+        length (`int`): V.
+        zero_values (`bool`): Whether all values are 0, so that the prompt says nothing yet.
+
+    Returns:
+        `dict[int, tuple]`: Normal numbers, with the mean and standard deviation of each channel over the N tokens.
+    """
+
+    def draw(states: torch.Tensor) -> torch.Tensor:
+        mean, std = states.mean(2, keepdim=True), states.std(2, keepdim=True, correction=0)
+        return mean + std * torch.randn(1, states.shape[1], length, states.shape[3])
+
+    return {
+        layer: (draw(key), torch.zeros_like(draw(value)) if zero_values else draw(value))
+        for layer, (key, value) in sample.items()
+    }
+
+
+def flatten(encoded: torch.Tensor | States) -> dict[str, torch.Tensor]:
+    """The tensors that an encoder returns, by name, for messages."""
+    if isinstance(encoded, torch.Tensor):
+        return {"prompt": encoded}
+    return {
+        f"{kind} of layer {layer}": state
+        for layer, states in encoded.items()
+        for kind, state in zip(("keys", "values"), states, strict=True)
+    }
+
+
+def cast(states: States, dtype: Optional[torch.dtype]) -> States:
+    """Keys and values in `dtype`; as they are for `None`."""
+    return {layer: (key.to(dtype), value.to(dtype)) for layer, (key, value) in states.items()} if dtype else states
+
+
+def without_batch(states: Mapping[int, tuple[torch.Tensor, torch.Tensor]]) -> States:
+    """By layer, keys and values as (key-value heads, V, D)."""
+    return {layer: (key[0], value[0]) for layer, (key, value) in states.items()}
