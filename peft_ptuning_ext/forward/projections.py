@@ -128,10 +128,10 @@ def _widen(attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Optiona
     for name in ("hidden_states", "query_states"):
         if given.get(name) is not None:
             given[name] = functional.pad(given[name], (0, 0, length, 0))
-    for name, seen in (("attention_mask", 1), ("position_bias", 0)):
+    seen = 1 if hasattr(attention, DISTANCES) else 0  # DeBERTa-v2's mask says what is seen, MPNet's is added
+    for name, fill in (("attention_mask", seen), ("position_bias", 0)):
         if (value := given.get(name)) is not None:  # (B, heads or 1, S or 1, S)
-            rows = length if value.shape[-2] > 1 else 0
-            given[name] = functional.pad(value, (length, 0, rows, 0), value=0 if value.is_floating_point() else seen)
+            given[name] = functional.pad(value, (length, 0, length if value.shape[-2] > 1 else 0, 0), value=fill)
     return (), given
 
 
