@@ -126,8 +126,8 @@ class Backbone:
         is_rotary (`bool`): Whether its positions are rotations that do not depend on the length of the text.
         deep_way (`str`, *optional*):
             How keys and values of a deep prompt get in front of the text's: `"attention"`, through transformers'
-            attention interface; `"projections"`, behind the modules that make the text's; `"cache"`, as tokens that the
-            cache holds. `None` if they can't.
+            attention interface; `"projections"`, behind the modules that make the text's; `"cache"`, as tokens that
+            the cache holds. `None` if they can't.
         not_deep (`str`, *optional*): Why they can't.
     """
 
@@ -233,7 +233,8 @@ def find_backbone(model: nn.Module) -> Backbone:
         decoder=decoder,
         not_in_attention=_why_not_in_attention(backbone),
         not_recorded=_why_not_recorded(backbone, first_position),
-        is_rotary=bool(rope := _rope_types(backbone.config)) and not rope & LENGTH_DEPENDENT_ROPE,
+        is_rotary=bool(getattr(backbone.config, "rope_parameters", None))
+        and not _rope_types(backbone.config) & LENGTH_DEPENDENT_ROPE,
         deep_way=deep_way,
         not_deep=not_deep,
     )

@@ -106,8 +106,9 @@ class PTuningConfig(PeftConfig):
         prompt_tuning_init_adapter (`str` or `os.PathLike`, *optional*):
             The adapter of `"ADAPTER"`, a folder or a repository on the Hub: one of this package, or a stock
             `PROMPT_TUNING` or `P_TUNING` of PEFT. Its task may be another; nothing but its prompt is read. It must
-            have V virtual tokens of the model's sizes and the same depth. Like the tokenizer, it is only used for a config that the caller has
-            made: a config that comes from a file never makes anything fetch or read another adapter.
+            have the same depth, and V virtual tokens of the model's sizes. Like the tokenizer, it is only used for a
+            config that the caller has made: a config that comes from a file never makes anything fetch or read another
+            adapter.
         prompt_tuning_init_text (`str`, *optional*):
             The text of `"TEXT"`.
         tokenizer_name_or_path (`str` or [`~transformers.PreTrainedTokenizerBase`], *optional*):
@@ -164,7 +165,7 @@ class PTuningConfig(PeftConfig):
         self.prompt_depth = _check_choice("prompt_depth", self.prompt_depth, *PromptDepth)
         if self.shift_positions and not self.is_deep:
             raise ValueError(
-                "`shift_positions` is only used with prompt_depth='DEEP'. In front of the input embeddings, the prompt "
+                "`shift_positions` is only used with prompt_depth='DEEP'. In front of the input embeddings, a prompt "
                 "always takes V positions."
             )
         _check_int("num_virtual_tokens", self.num_virtual_tokens)
@@ -243,8 +244,8 @@ class PTuningConfig(PeftConfig):
         self.prompt_tuning_init = init
         if init is PromptInit.ZERO_VALUES and not self.is_deep:
             raise ValueError(
-                "prompt_tuning_init='ZERO_VALUES' is only used with prompt_depth='DEEP': vectors in front of the input "
-                "embeddings have no values of their own."
+                "prompt_tuning_init='ZERO_VALUES' is only used with prompt_depth='DEEP': vectors in front of the "
+                "input embeddings have no values of their own."
             )
         if isinstance(self.tokenizer_name_or_path, PreTrainedTokenizerBase):
             self._tokenizer = self.tokenizer_name_or_path

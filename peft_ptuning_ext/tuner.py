@@ -24,10 +24,12 @@ from .adapters.vocabulary import allow_resizing, token_rows, train_token_rows
 from .backbone import find_backbone
 from .config import PromptInit, PTuningConfig
 from .files.checkpoint import ENCODER_KEY, TOKENS_KEY, check_state, saved_name
-from .forward.deep import take_prompts
+from .forward.deep import states_of, take_prompts
 from .forward.wrap import attach, why_in_row
 from .prompts.adapter import find_layer, find_stack
+from .prompts.deep import cast, without_batch
 from .prompts.layer import PTuningLayer, execution_device
+from .prompts.prompt import States
 from .prompts.saved import load_prompt
 from .registration import PREFIX
 
@@ -93,11 +95,36 @@ class PTuningModel(BaseTuner):
             adapter_name (`str`, *optional*): Which adapter; by default the active one.
 
         Raises:
-            ValueError: There is no adapter of this name, or none is active.
+            ValueError: There is no adapter of this name, none is active, or the prompt is deep.
         """
         layer = self._layer()
         prompt = layer.prompt(layer.named_or_active(adapter_name))
         return prompt if layer.dtype is None else prompt.to(layer.dtype)
+
+    def prompt_key_values(self, adapter_name: Optional[str] = None) -> States:
+        """Returns the keys and values that stand in front of the text's in every layer.
+
+        Those of a deep prompt are what is trained. Those of a prompt at the input of a causal decoder are what its
+        vectors become there, computed by one pass of them in evaluation and without gradients.
+
+        Args:
+            adapter_name (`str`, *optional*): Which adapter; by default the active one.
+
+        Returns:
+            `dict[int, tuple[torch.Tensor, torch.Tensor]]`: By layer, keys and values, each (key-value heads, V, D).
+
+        Raises:
+            ValueError:
+                There is no adapter of this name, none is active, or it has no keys and values of its own, apart from
+                those of the text.
+        """
+        layer = self._layer()
+        name = layer.named_or_active(adapter_name)
+        if layer.is_deep(name):
+            encoded = layer.encode(name)
+        else:
+            encoded = states_of(find_stack(self.model), self.prompt_embeddings(name))
+        return without_batch(cast(encoded, layer.dtype))
 
     @torch.no_grad()
     def nearest_tokens(
@@ -127,11 +154,14 @@ class PTuningModel(BaseTuner):
 
     @property
     def prompt_route(self) -> str:
-        """How the prompt gets to the text: `"shared"`, or `"concatenated: "` and the reason.
+        """How the prompt gets to the text: `"shared"`, or `"concatenated: "` and the reason; `"deep"` in every layer.
 
         A shared prompt is computed once for all rows of a batch. A single row that needs gradients is concatenated all
         the same, which is faster. Of some models, only the first call finds out that theirs can't be shared.
         """
+        layer = self._layer()
+        if any(layer.is_deep(name) for name in layer.active_adapters):
+            return "deep"
         reason = why_in_row(find_stack(self.model))
         return "shared" if reason is None else f"concatenated: {reason}"
 

@@ -20,6 +20,9 @@ from .checkpoint import ENCODER_KEY, TOKENS_KEY
 # Below this line PEFT lists versions.
 VERSIONS = "### Framework versions"
 
+# What a deep prompt has in every layer, by the names that they are saved under.
+KINDS = ("keys", "values")
+
 # Pipeline of the Hub and class of PEFT for a task type.
 TASKS: dict[str, tuple[Optional[str], str]] = {
     "SEQ_CLS": ("text-classification", "AutoPeftModelForSequenceClassification"),
@@ -29,6 +32,12 @@ TASKS: dict[str, tuple[Optional[str], str]] = {
     "SEQ_2_SEQ_LM": (None, "AutoPeftModelForSeq2SeqLM"),
     "FEATURE_EXTRACTION": ("feature-extraction", "AutoPeftModelForFeatureExtraction"),
 }
+
+EXPORTS = (
+    "`export_to_peft` of that package writes the prompt of a generating model for PEFT alone, `export_standalone` a",
+    "whole model that needs neither.",
+)
+EXPORTS_DEEP = ("`export_to_peft` of that package writes the prompt as prefix tuning, for PEFT alone, where both agree.",)
 
 
 def fill_card(
@@ -61,14 +70,23 @@ def fill_card(
     if base_model and not Path(base_model).exists():  # the name of a folder means nothing to others
         card.data.base_model = base_model
 
-    trained = {key: shape for key, shape in shapes.items() if not key.endswith(f"{ENCODER_KEY}offset")}
+    states = {key: shape for key, shape in shapes.items() if any(f"{ENCODER_KEY}{kind}." in key for kind in KINDS)}
+    constants = {key for key in shapes if key.endswith(f"{ENCODER_KEY}offset")}
+    if config.encoder_reparameterization_type != "NONE":
+        constants |= states.keys()
+    trained = {key: shape for key, shape in shapes.items() if key not in constants}
     heads = {key: shape for key, shape in trained.items() if ENCODER_KEY not in key}
-    table = next(shape for key, shape in trained.items() if key.endswith(f"{ENCODER_KEY}embedding"))
+    if states:
+        deployed, layers = _count(states), len(states) // len(KINDS)
+        prompt = f"keys and values of {config.num_virtual_tokens} positions in each of {layers} layers"
+    else:
+        table = next(shape for key, shape in trained.items() if key.endswith(f"{ENCODER_KEY}embedding"))
+        deployed, prompt = math.prod(table), f"{table[0]} vectors of {table[1]}"
     rows = {
         "base model": f"`{base_model}`" if base_model else "not named",
         "task": task if auto_class else "none of PEFT's task types",
-        "prompt": f"{table[0]} vectors of {table[1]}, encoder `{config.encoder_reparameterization_type.value}`",
-        "trained": f"{_count(trained):,} parameters, of which {_count(heads) + math.prod(table):,} are deployed",
+        "prompt": f"{prompt}, encoder `{config.encoder_reparameterization_type.value}`",
+        "trained": f"{_count(trained):,} parameters, of which {_count(heads) + deployed:,} are deployed",
         "saved": f"{size:,} bytes",
         **{metric: f"{value:.4f}" for metric, value in (metrics or {}).items()},
     }
@@ -81,16 +99,16 @@ def fill_card(
         lines += [f"from peft import {auto_class}", "", f'model = {auto_class}.from_pretrained("{name}"{labels})']
     else:
         lines += ["from peft import PeftModel", "", f'model = PeftModel.from_pretrained(base_model, "{name}")']
+    what = "keys and values in every layer" if states else "vectors"
     _, _, versions = card.text.partition(VERSIONS)
     card.text = "\n".join(
         [
             f"\n# {name}\n",
-            "A prompt of continuous vectors (P-tuning) for a frozen model, trained with `peft_ptuning_ext`.\n",
+            f"A prompt of continuous {what} (P-tuning) for a frozen model, trained with `peft_ptuning_ext`.\n",
             *("| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())),
             *("\n```python", *lines, "```\n"),
-            "The first line is needed: without it, PEFT does not know this kind of adapter. `export_to_peft` of that",
-            "package writes the prompt of a generating model for PEFT alone, `export_standalone` a whole model that",
-            "needs neither.",
+            "The first line is needed: without it, PEFT does not know this kind of adapter.",
+            *(EXPORTS_DEEP if states else EXPORTS),
             *([f"\n{VERSIONS}{versions}"] if versions else []),
         ]
     )

@@ -48,8 +48,8 @@ class InFront:
         past (`int` or `torch.Tensor`): How many tokens of the text are in the cache; a tensor while compiling.
         mask (`torch.Tensor`, *optional*): The text's 2-D mask, (B, past + S).
         positions (`torch.Tensor`, *optional*):
-            The call's positions, counted from the prompt's first token: (B or 1, S), or (3, B, S) of images; `None` for
-            those of the columns.
+            The call's positions, counted from the prompt's first token: (B or 1, S), or (3, B, S) of images; `None`
+            for those of the columns.
         is_causal (`bool`): Whether the backbone looks back only.
         masks (`dict`): Masks with the prompt's columns, which layers share.
         attended (`int`): How many layers were called so far that do not say which they are.

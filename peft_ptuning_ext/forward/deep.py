@@ -13,14 +13,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from peft.utils.integrations import gather_params_ctx
 from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from ..backbone import ATTENTION_NAMES, Backbone
+from ..backbone import ATTENTION_NAMES, DISTANCE_BY_MASK, Backbone
 from ..prompts.layer import PTuningLayer
 from ..prompts.prompt import Prompt, States
 from . import in_attention, in_row, projections
@@ -34,7 +34,13 @@ from .in_attention import NotRecorded, check_recording
 WHY_CACHED = "it stands in every layer, and attention does not go through transformers' attention interface"
 
 
-def run(stack: PreTrainedModel, forward: Callable, call: Call, prompt: Prompt) -> Any:
+def run(
+    stack: PreTrainedModel,
+    forward: Callable,
+    call: Call,
+    prompt: Prompt,
+    embed: Callable[[torch.Tensor], torch.Tensor],
+) -> Any:
     """Runs a call that begins a sequence behind a deep prompt.
 
     Args:
@@ -42,6 +48,7 @@ def run(stack: PreTrainedModel, forward: Callable, call: Call, prompt: Prompt) -
         forward (`Callable`): Its own `forward`.
         call ([`Call`]): What was asked.
         prompt ([`Prompt`]): With its states.
+        embed (`Callable`): Ids (B, S) → embeddings (B, S, H).
 
     Raises:
         ValueError: The attention implementation was changed to one that does not take a prompt, or a cache is needed
@@ -53,7 +60,41 @@ def run(stack: PreTrainedModel, forward: Callable, call: Call, prompt: Prompt) -
     if way == "projections":
         return projections.run(stack, forward, call, prompt)
     check_implementation(stack)
+    if torch.is_grad_enabled() and in_attention.checkpoints_reentrantly(stack):
+        call, prompt = _gather_gradients(call, prompt, embed)
     return in_attention.run(forward, call, prompt)
+
+
+def _gather_gradients(
+    call: Call, prompt: Prompt, embed: Callable[[torch.Tensor], torch.Tensor]
+) -> tuple[Call, Prompt]:
+    """Lets gradients reach a prompt that layers get by name under reentrant gradient checkpointing.
+
+    Such layers run again in a backward pass of their own, which ends at what is a leaf. The prompt's states become
+    leaves, and the text's embeddings, whose gradient comes last, hand on what was gathered there.
+    """
+    states = [state for pair in prompt.states.values() for state in pair]
+    leaves = [state.detach().requires_grad_(state.requires_grad) for state in states]
+    embeds = _Gathering.apply(call.tokens if call.is_embedded else embed(call.tokens), leaves, *states)
+    pairs = dict(zip(prompt.states, zip(leaves[::2], leaves[1::2], strict=True), strict=True))
+    given = call.arguments(input_ids=None, inputs_embeds=embeds)
+    call = dataclasses.replace(call, given=given, tokens=embeds, is_embedded=True)
+    return call, dataclasses.replace(prompt, states=pairs)
+
+
+class _Gathering(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, embeds: torch.Tensor, leaves: list[torch.Tensor], *states: torch.Tensor) -> torch.Tensor:
+        """`embeds`, which now need a gradient."""
+        ctx.leaves = leaves
+        return embeds.view_as(embeds)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple:
+        gathered = [leaf.grad for leaf in ctx.leaves]
+        for leaf in ctx.leaves:
+            leaf.grad = None
+        return gradient, None, *gathered
 
 
 def check_implementation(stack: PreTrainedModel) -> None:
@@ -83,7 +124,14 @@ def _run_behind_cache(stack: PreTrainedModel, forward: Callable, call: Call, pro
         )
     for layer, states in prompt.states.items():
         cache.update(*(state.expand(len(call.tokens), -1, -1, -1) for state in states), layer)
-    behind = Prompt(prompt.names, prompt.length, takes_positions=prompt.takes_positions)
+    is_padded = call.mask is not None and bool((call.mask[:, 0] == 0).any())
+    if is_padded and call.backbone.beside_text and call.stack not in DISTANCE_BY_MASK:
+        raise ValueError(
+            f"{call.stack} measures distance in columns and takes a prompt in every layer through its cache: padding on "
+            f"the left would stand in between. Pad on the right, or choose an attention of {[*ATTENTION_NAMES]}."
+        )
+    in_front = torch.zeros(1, prompt.length, dtype=torch.long, device=call.tokens.device)
+    behind = Prompt(prompt.names, prompt.length, places=in_front, takes_positions=prompt.takes_positions)
     note_prompt(cache if is_own else call.cache, behind)
     given = call.arguments(**{name: full_view(cache)})
     filled = dataclasses.replace(call, given=given, cache=given[name], past=prompt.length, cached_prompt=behind)
@@ -131,6 +179,31 @@ def measure(
             return projections.record(stack, arguments), {}
         recording = _record(stack, arguments)
         return recording.states, recording.modules
+
+
+def states_of(stack: PreTrainedModel, vectors: torch.Tensor) -> States:
+    """Returns the keys and values that a prompt at the input becomes in every layer of a causal decoder.
+
+    Args:
+        stack (`PreTrainedModel`): The backbone, with prompts attached.
+        vectors (`torch.Tensor`): The prompt, (V, H).
+
+    Raises:
+        ValueError: They can't be told apart from those of the text.
+    """
+    attachment = stack.ptuning
+    backbone = attachment.backbone
+    reason = backbone.not_in_attention or backbone.not_recorded or attachment.not_recorded
+    if reason is None:
+        try:
+            with torch.no_grad(), _in_evaluation(stack):
+                return in_attention.record(stack.config, stack, vectors[None])
+        except NotRecorded as found:
+            reason = str(found)
+    raise ValueError(
+        f"In {type(stack).__name__}, a prompt at the input has no keys and values of its own, apart from those of the "
+        f"text: {reason}."
+    )
 
 
 @contextmanager

@@ -88,7 +88,7 @@ def why_not(stack: PreTrainedModel) -> Optional[str]:
         return f"its attention implementation was changed to {stack.config._attn_implementation!r}"
     if _is_sharded(stack):
         return "its weights are spread over processes (FSDP, ZeRO-3)"
-    if torch.is_grad_enabled() and _checkpoints_reentrantly(stack):
+    if torch.is_grad_enabled() and checkpoints_reentrantly(stack):
         return "it checkpoints gradients, and not with `use_reentrant=False`"
     return None
 
@@ -112,7 +112,7 @@ def _is_sharded(stack: PreTrainedModel) -> bool:
     )
 
 
-def _checkpoints_reentrantly(stack: PreTrainedModel) -> bool:
+def checkpoints_reentrantly(stack: PreTrainedModel) -> bool:
     """Whether gradient checkpointing is on, of the kind that passes no gradient to what a layer gets by name."""
     for module in stack.modules():
         if module.training and getattr(module, "gradient_checkpointing", False):
@@ -137,7 +137,7 @@ def with_states(stack: PreTrainedModel, forward: Callable, prompt: Prompt) -> Pr
     is_stored = not torch.is_grad_enabled() and not stack.training and not torch.compiler.is_compiling()
     if is_stored and (states := stored.find(stack, prompt.names, vectors)) is not None:
         return Prompt(prompt.names, prompt.length, states=states)
-    states = _record(stack.config, forward, vectors)
+    states = record(stack.config, forward, vectors)
     if is_stored:
         # Values come as transposed views. Each further call would read them out of order.
         states = {layer: (key.contiguous(), value.contiguous()) for layer, (key, value) in states.items()}
@@ -145,8 +145,12 @@ def with_states(stack: PreTrainedModel, forward: Callable, prompt: Prompt) -> Pr
     return Prompt(prompt.names, prompt.length, states=states)
 
 
-def _record(config: Any, forward: Callable, vectors: torch.Tensor) -> States:
-    """Computes the keys and values of a prompt (1, V, H) by one pass of the backbone."""
+def record(config: Any, forward: Callable, vectors: torch.Tensor) -> States:
+    """Computes the keys and values of a prompt (1, V, H) by one pass of the backbone.
+
+    Raises:
+        NotRecorded: The pass showed that the backbone does not call its attention exactly once per layer.
+    """
     recording = Recording()
     positions = torch.arange(vectors.shape[1], device=vectors.device)[None]
     # A copy of the prompt, because there are models that scale their embeddings in place.

@@ -49,8 +49,8 @@ def run(stack: PreTrainedModel, forward: Callable, call: Call, prompt: Prompt) -
     """Runs a call with a deep prompt; see [`~peft_ptuning_ext.forward.deep.run`]."""
     if any(module.training and getattr(module, "gradient_checkpointing", False) for module in stack.modules()):
         raise ValueError(
-            f"{call.stack} can't take a prompt in every layer under gradient checkpointing, which runs its layers again "
-            "when the call that the prompt belongs to is over. Turn gradient checkpointing off."
+            f"{call.stack} can't take a prompt in every layer under gradient checkpointing, which runs its layers "
+            "again when the call that the prompt belongs to is over. Turn gradient checkpointing off."
         )
     changes = {}
     if prompt.takes_positions and "position_ids" in call.backbone.parameters:

@@ -75,7 +75,7 @@ def run(stack: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
         return in_attention.run(forward, call, call.cached_prompt)
     prompt = layer.make_prompt(names, call.tokens.dtype if call.is_embedded else layer.dtype or stack.dtype)
     if prompt.states is not None:
-        return deep.run(stack, forward, call, prompt)
+        return deep.run(stack, forward, call, prompt, layer.embed)
     if call.is_worth_a_pass and why_in_row(stack) is None:
         try:
             prompt = in_attention.with_states(stack, forward, prompt)

@@ -8,13 +8,14 @@ knows transformers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import operator
+from collections.abc import Callable
 from typing import NamedTuple, Optional
 
 import torch
 from torch import nn
 
-from ..config import PromptEncoderType, PTuningConfig
+from ..config import PTuningConfig
 from .encoder import hidden_layers
 from .prompt import States
 
@@ -118,32 +119,26 @@ class DeepMLPEncoder(DeepPromptEncoder):
 
     def reparameterize(self, embedding: torch.Tensor) -> States:
         """Maps (V, H) to keys and values by layer, each (1, key-value heads, V, D)."""
-        shapes = self.shapes
-        parts = iter(self.mlp(embedding).split([s.heads * w for s in shapes.values() for w in s[1:]], dim=1))
         states = {}
-        for layer, shape in shapes.items():
-            states[layer] = tuple(next(parts).unflatten(1, (shape.heads, -1)).transpose(0, 1)[None] for _ in "kv")
+        parts = self.mlp(embedding).split([shape.width for shape in self.shapes.values()], dim=1)
+        for (layer, shape), part in zip(self.shapes.items(), parts, strict=True):
+            by_head = part.unflatten(1, (shape.heads, -1)).transpose(0, 1)[None]  # (1, heads, V, D of both)
+            states[layer] = tuple(by_head.split([shape.key_width, shape.value_width], dim=-1))
         return states
 
     def forward(self) -> States:
-        made = self.reparameterize(self.embedding)
-        constants = self._constants()
-        added = {
-            layer: tuple(one + other for one, other in zip(made[layer], constants[layer], strict=True))
-            for layer in made
-        }
-        return self._drop(added)
+        made, constants = self.reparameterize(self.embedding), self._constants()
+        return self._drop({layer: _pairwise(operator.add, made[layer], constants[layer]) for layer in made})
 
     @torch.no_grad()
     def start_at(self, states: States) -> None:
         made = self.reparameterize(self.embedding)
-        super().start_at({layer: (key - made[layer][0], value - made[layer][1]) for layer, (key, value) in states.items()})
+        super().start_at({layer: _pairwise(operator.sub, states[layer], made[layer]) for layer in states})
 
 
-DEEP_ENCODERS: dict[PromptEncoderType, type[DeepPromptEncoder]] = {
-    PromptEncoderType.NONE: DeepPromptEncoder,
-    PromptEncoderType.MLP: DeepMLPEncoder,
-}
+def _pairwise(function: Callable, one: tuple, other: tuple) -> tuple:
+    """`function` of both keys, and of both values."""
+    return tuple(map(function, one, other))
 
 
 def random_states(sample: States, length: int, zero_values: bool = False) -> States:
@@ -168,22 +163,11 @@ def random_states(sample: States, length: int, zero_values: bool = False) -> Sta
     }
 
 
-def flatten(encoded: torch.Tensor | States) -> dict[str, torch.Tensor]:
-    """The tensors that an encoder returns, by name, for messages."""
-    if isinstance(encoded, torch.Tensor):
-        return {"prompt": encoded}
-    return {
-        f"{kind} of layer {layer}": state
-        for layer, states in encoded.items()
-        for kind, state in zip(("keys", "values"), states, strict=True)
-    }
-
-
 def cast(states: States, dtype: Optional[torch.dtype]) -> States:
     """Keys and values in `dtype`; as they are for `None`."""
     return {layer: (key.to(dtype), value.to(dtype)) for layer, (key, value) in states.items()} if dtype else states
 
 
-def without_batch(states: Mapping[int, tuple[torch.Tensor, torch.Tensor]]) -> States:
+def without_batch(states: States) -> States:
     """By layer, keys and values as (key-value heads, V, D)."""
     return {layer: (key[0], value[0]) for layer, (key, value) in states.items()}

@@ -26,7 +26,8 @@ class Prompt:
         vectors (`torch.Tensor`, *optional*): What enters the first layer, (1, V, H).
         states (`dict[int, tuple]`, *optional*): Its keys and values in every layer.
         places (`torch.Tensor`, *optional*):
-            In a cache: the columns of the text that it stands before, (B, V); `None`: in front of all columns.
+            In a cache: the columns of the text that it stands before, (B or 1, V); `None`: behind the padding on the
+            left, if there is any and distance is counted in columns.
         takes_positions (`bool`, defaults to `True`): Whether the text's positions begin at V, rather than at 0.
     """
 
