@@ -28,7 +28,8 @@ class PromptMonitor(TrainerCallback):
 
     Each log entry that has a loss gains
 
-    - `prompt_norm`: mean L2 norm of the V vectors;
+    - `prompt_norm`: mean L2 norm of the V vectors; of a deep prompt, `prompt_key_norm_0`, `prompt_value_norm_0` and so
+      on: those of the keys and values of each layer;
     - `prompt_grad_norm`: L2 norm of the gradient of the prompt encoder's parameters, after clipping. Left out where
       they have none to show, as under DeepSpeed, which keeps gradients to itself;
     - `prompt_shift`: how far the prompt is from where training began, relative to its norm there;
@@ -64,7 +65,7 @@ class PromptMonitor(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs
     ) -> None:
         layer = _find_layer(model)
-        self._start = _prompt(layer)  # (V, H)
+        self._start = _flat(_prompt(layer))  # all numbers in one row
         self._first_step = state.global_step
         self._grad_norm: Optional[torch.Tensor] = None  # of the last step, read when it is logged
         self._highest_grad_norm = 0.0
@@ -97,11 +98,10 @@ class PromptMonitor(TrainerCallback):
         if "loss" not in logs:
             return
         layer = _find_layer(model)
-        prompt = _prompt(layer)
-        values = {
-            "prompt_norm": float(prompt.norm(dim=-1).mean()),
-            "prompt_shift": float((prompt - self._start).norm() / self._start.norm()),
-        }
+        parts = _prompt(layer)
+        shift = (_flat(parts) - self._start).norm() / self._start.norm()
+        values = {name: float(part.norm(dim=-1).mean()) for name, part in parts.items()}
+        values["prompt_shift"] = float(shift)
         if self._grad_norm is not None:
             values["prompt_grad_norm"] = float(self._grad_norm)
             self._highest_grad_norm = max(self._highest_grad_norm, values["prompt_grad_norm"])
@@ -172,11 +172,23 @@ def _find_layer(model: nn.Module) -> PTuningLayer:
 
 
 @torch.no_grad()
-def _prompt(layer: PTuningLayer) -> torch.Tensor:
-    """A copy of the active adapter's prompt: (V, H), float32."""
+def _prompt(layer: PTuningLayer) -> dict[str, torch.Tensor]:
+    """Copies of the parts of the active adapter's prompt by the names of their norms, each (…, V, H or D), float32."""
     name = layer.active_adapters[0]
     with gather_params_ctx(layer.ptuning_encoders[name].parameters()):
-        return _whole(layer.prompt(name)).float().clone()
+        encoded = layer.encode(name)
+        if not layer.is_deep(name):
+            return {"prompt_norm": _whole(encoded).float().clone()}
+        return {
+            f"prompt_{kind}_norm_{index}": _whole(state[0]).float().clone()
+            for index, pair in encoded.items()
+            for kind, state in zip(("key", "value"), pair, strict=True)
+        }
+
+
+def _flat(parts: dict[str, torch.Tensor]) -> torch.Tensor:
+    """All numbers of a prompt in one row."""
+    return torch.cat([part.flatten() for part in parts.values()])
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:

@@ -26,9 +26,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 States = dict[int, tuple[torch.Tensor, torch.Tensor]]
 
 
-def deep_by_hand(
-    family: str, base: PreTrainedModel, states: States, batch: dict, shift: bool = False
-) -> torch.Tensor:
+def deep_by_hand(family: str, base: PreTrainedModel, states: States, batch: dict, shift: bool = False) -> torch.Tensor:
     """The main output of a base model behind keys and values, each (key-value heads, V, D) by layer."""
     if FAMILIES[family].kind == "decoder":
         _, stack = embedding_and_backbone(base)

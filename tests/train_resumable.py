@@ -39,10 +39,15 @@ def make_data(size: int, seed: int) -> list[dict]:
 
 
 def make_classifier(
-    folder: Path, family: str = "BERT", encoder: str = "MLP", dropout: float = 0.0, **arguments
+    folder: Path,
+    family: str = "BERT",
+    encoder: str = "MLP",
+    dropout: float = 0.0,
+    depth: str = "INPUT",
+    **arguments,
 ) -> Trainer:
     """A Trainer of a classifier, with texts to learn and others to evaluate."""
-    options = {"encoder_reparameterization_type": encoder, "encoder_dropout": dropout}
+    options = {"encoder_reparameterization_type": encoder, "encoder_dropout": dropout, "prompt_depth": depth}
     return Trainer(
         model=make_adapted(family, "SEQ_CLS", length=4, **options),
         args=make_arguments(folder, per_device_train_batch_size=16, learning_rate=1e-2, **arguments),
@@ -69,14 +74,15 @@ class Run:
     encoder: str
     dropout: float = 0.0
     killed_in: str | None = None
+    depth: str = "INPUT"
 
     @property
     def name(self) -> str:
-        return f"{self.family}-{self.encoder}-{self.killed_in or 'ended'}"
+        return f"{self.depth}-{self.family}-{self.encoder}-{self.killed_in or 'ended'}"
 
     def trainer(self, folder: Path) -> Trainer:
         arguments = {"max_steps": STEPS, "save_steps": SAVE_STEPS}
-        return make_classifier(folder / self.name, self.family, self.encoder, self.dropout, **arguments)
+        return make_classifier(folder / self.name, self.family, self.encoder, self.dropout, self.depth, **arguments)
 
 
 RUNS = [
@@ -84,6 +90,8 @@ RUNS = [
     Run("BERT", "MLP", 0.3),
     Run("BERT", "LSTM", 0.3),
     Run("Llama", "LSTM", 0.3),
+    Run("BERT", "NONE", 0.3, depth="DEEP"),
+    Run("Llama", "MLP", 0.3, depth="DEEP"),
     *[Run("BERT", "MLP", 0.3, file) for file in WRITERS],
 ]
 

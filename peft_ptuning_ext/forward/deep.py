@@ -208,11 +208,16 @@ def states_of(stack: PreTrainedModel, vectors: torch.Tensor) -> States:
 
 @contextmanager
 def _in_evaluation(stack: nn.Module) -> Iterator[None]:
-    """Inside, nothing is drawn at random, and no prompt is in front."""
+    """Inside, nothing is drawn at random, and no prompt is in front.
+
+    Quantized layers of bitsandbytes are in training mode. In evaluation on a CPU they repack their weights, and have no
+    gradients from then on.
+    """
     was_training = {module: module.training for module in stack.modules()}
     layers = [module for module in stack.modules() if isinstance(module, PTuningLayer)]
     try:
-        stack.eval()
+        for module in was_training:
+            module.training = type(module).__module__.startswith("bitsandbytes")
         with ExitStack() as entered:
             for layer in layers:
                 entered.enter_context(layer.without_prompt())

@@ -362,7 +362,9 @@ def test_a_start_at_tokens_is_the_text_in_front_where_positions_are_rotations(fa
     mask = torch.cat([torch.ones(2, len(ids), dtype=torch.long), batch["attention_mask"]], dim=1)
     expected = make_model(family, task)(input_ids=both, attention_mask=mask).last_hidden_state[:, len(ids) :]
     output = model(**batch).last_hidden_state
-    is_equal = torch.allclose(unmasked(output, batch["attention_mask"]), unmasked(expected, batch["attention_mask"]), atol=1e-4)
+    is_equal = torch.allclose(
+        unmasked(output, batch["attention_mask"]), unmasked(expected, batch["attention_mask"]), atol=1e-4
+    )
     assert is_equal == (family not in ENCODERS)  # an encoder's prompt would have to see the text
 
 
@@ -385,7 +387,10 @@ def _long(family: str) -> dict:
 
 
 def test_dropout_acts_on_the_keys_and_values_in_training_only() -> None:
-    model, batch = make_deep("BERT", "FEATURE_EXTRACTION", encoder_dropout=0.5), make_batch("BERT", "FEATURE_EXTRACTION")
+    model, batch = (
+        make_deep("BERT", "FEATURE_EXTRACTION", encoder_dropout=0.5),
+        make_batch("BERT", "FEATURE_EXTRACTION"),
+    )
     with torch.no_grad():
         assert torch.equal(main_output(model(**batch)), main_output(model(**batch)))
         encoder = next(m for n, m in model.named_modules() if n.endswith("ptuning_encoders.default"))
