@@ -28,7 +28,7 @@ class PromptMonitor(TrainerCallback):
 
     Each log entry that has a loss gains
 
-    - `prompt_norm`: mean L2 norm of the V vectors; of a deep prompt, `prompt_key_norm_0`, `prompt_value_norm_0` and so
+    - `prompt_norm`: mean L2 norm of the V vectors; of a deep prompt, `prompt_norm_keys_0`, `prompt_norm_values_0` and so
       on: those of the keys and values of each layer;
     - `prompt_grad_norm`: L2 norm of the gradient of the prompt encoder's parameters, after clipping. Left out where
       they have none to show, as under DeepSpeed, which keeps gradients to itself;
@@ -180,9 +180,9 @@ def _prompt(layer: PTuningLayer) -> dict[str, torch.Tensor]:
         if not layer.is_deep(name):
             return {"prompt_norm": _whole(encoded).float().clone()}
         return {
-            f"prompt_{kind}_norm_{index}": _whole(state[0]).float().clone()
+            f"prompt_norm_{kind}_{index}": _whole(state[0]).float().clone()
             for index, pair in encoded.items()
-            for kind, state in zip(("key", "value"), pair, strict=True)
+            for kind, state in zip(("keys", "values"), pair, strict=True)
         }
 
 

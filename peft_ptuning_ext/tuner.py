@@ -239,7 +239,6 @@ class PTuningModel(BaseTuner):
         self._start, self._deep = None, None
         if peft_config.is_deep:
             self._deep = find_deep_start(model, backbone, peft_config)
-            self._start = self._deep.states
         shapes = None if self._deep is None else self._deep.shapes
         if peft_config.prompt_tuning_init == PromptInit.ADAPTER and not peft_config._from_file:
             self._start = load_prompt(peft_config, backbone.width, shapes)
@@ -263,11 +262,12 @@ class PTuningModel(BaseTuner):
             self.model.set_submodule(self._target, target)
             attach(self.model, self._backbone)
             allow_resizing(self.model, self._target)
-        shapes = None
+        start, shapes = self._start, None
         if self._deep is not None:
             shapes = self._deep.shapes
+            start = self._deep.states() if start is None else start
             take_prompts(find_stack(self.model), self._backbone, self._deep.modules)
-        target.update_layer(adapter_name, peft_config, self._start, shapes)
+        target.update_layer(adapter_name, peft_config, start, shapes)
         self._start = self._deep = None
         # A new module is in training mode: its dropout would act on a model that was put into evaluation mode before.
         target.ptuning_encoders[adapter_name].train(self.model.training)

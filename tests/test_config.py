@@ -57,7 +57,7 @@ def test_changing_the_class_name_is_the_whole_migration() -> None:
         (
             {"prompt_tuning_init": "ZERO"},
             ValueError,
-            "`prompt_tuning_init` must be one of 'TEXT', 'SAMPLE_VOCAB', 'RANDOM', 'ADAPTER', 'ZERO_VALUES', got 'ZERO'",
+            "`prompt_tuning_init` must be one of 'TEXT', 'SAMPLE_VOCAB', 'RANDOM', 'ADAPTER', 'ZERO_VALUES', got 'Z",
         ),
         (
             {"encoder_reparameterization_type": "NONE", "encoder_hidden_size": 8},

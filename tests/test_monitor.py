@@ -343,3 +343,17 @@ def test_nearest_tokens_of_another_adapter(tokenizer) -> None:
     for k in (0, VOCABULARY - 2):
         with pytest.raises(ValueError, match=f"`k` must be from 1 to {VOCABULARY - 3}, .* got {k}"):
             model.nearest_tokens(tokenizer, k)
+
+
+def test_a_deep_prompt_is_watched_layer_by_layer(tmp_path) -> None:
+    model = make_adapted("BERT", "SEQ_CLS", length=V, prompt_depth="DEEP")
+    trainer = make_short_run(tmp_path, model, lr_scheduler_type="constant")
+    PromptMonitor.watch(trainer)
+    trainer.train()
+    entry = logged(trainer)[-1]
+    assert entry["prompt_shift"] > 0
+    assert entry["prompt_effect"] > 0
+    for layer, pair in model.prompt_key_values().items():
+        for kind, state in zip(("keys", "values"), pair, strict=True):
+            norm = state.norm(dim=-1).mean().item()
+            assert entry[f"prompt_norm_{kind}_{layer}"] == pytest.approx(norm)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from ..backbone import Backbone, table_of
@@ -18,20 +19,29 @@ from ..prompts.start import STATES_SAMPLE, spread_ids, starts_at_tokens, token_i
 
 @dataclass(frozen=True)
 class DeepStart:
-    """What a pass of the model has shown.
+    """What a pass of the model has shown, and where a prompt starts.
 
     Args:
-        states (`dict[int, tuple]`): Where the prompt starts: keys and values by layer, (1, key-value heads, V, D).
+        config ([`PTuningConfig`]): The config of the new adapter.
+        measured (`dict[int, tuple]`): Keys and values by layer that the model makes of N tokens, (1, heads, N, D).
         modules (`dict[int, nn.Module]`): The attention of each layer, where it could be told.
     """
 
-    states: States
+    config: PTuningConfig
+    measured: States
     modules: dict[int, nn.Module]
 
     @property
     def shapes(self) -> Shapes:
         """What each layer takes."""
-        return shapes_of(self.states)
+        return shapes_of(self.measured)
+
+    def states(self) -> States:
+        """Returns the keys and values at which the prompt starts, each (1, key-value heads, V, D)."""
+        if _is_of_tokens(self.config):
+            return self.measured
+        zero_values = self.config.prompt_tuning_init == PromptInit.ZERO_VALUES
+        return random_states(self.measured, self.config.num_virtual_tokens, zero_values)
 
 
 def find_deep_start(model: nn.Module, backbone: Backbone, config: PTuningConfig) -> DeepStart:
@@ -47,14 +57,28 @@ def find_deep_start(model: nn.Module, backbone: Backbone, config: PTuningConfig)
     """
     stack = model.get_submodule(backbone.name)
     vocabulary = table_of(model.get_submodule(backbone.embedding_path)).num_embeddings
-    length = config.num_virtual_tokens
-    if starts_at_tokens(config):
-        states, modules = measure(stack, backbone, token_ids(config, vocabulary), _first_position(backbone, config))
-        return DeepStart(states, modules)
-    most = STATES_SAMPLE if backbone.max_positions is None else min(STATES_SAMPLE, backbone.max_positions)
-    sample, modules = measure(stack, backbone, spread_ids(vocabulary, most))
-    zero_values = config.prompt_tuning_init == PromptInit.ZERO_VALUES
-    return DeepStart(random_states(sample, length, zero_values), modules)
+    if _is_of_tokens(config):
+        ids, first_position = token_ids(config, vocabulary), _first_position(backbone, config)
+        _check_tokens(stack, backbone, ids)
+    else:
+        most = STATES_SAMPLE if backbone.max_positions is None else min(STATES_SAMPLE, backbone.max_positions)
+        ids, first_position = spread_ids(vocabulary, most), 0
+    return DeepStart(config, *measure(stack, backbone, ids, first_position))
+
+
+def _is_of_tokens(config: PTuningConfig) -> bool:
+    """Whether the prompt starts at what the model makes of V tokens. V of a file's config is not known to be right."""
+    return starts_at_tokens(config) and not config._from_file
+
+
+def _check_tokens(stack: nn.Module, backbone: Backbone, ids: torch.Tensor) -> None:
+    """Refuses to start at more tokens than the model can read."""
+    limit = backbone.max_positions
+    if limit is not None and len(ids) > limit:
+        raise ValueError(
+            f"A deep prompt that starts at tokens is {len(ids)} of them here, and {type(stack).__name__} can read "
+            f"{limit}. Choose a smaller `num_virtual_tokens` or prompt_tuning_init='RANDOM'."
+        )
 
 
 def _first_position(backbone: Backbone, config: PTuningConfig) -> int:

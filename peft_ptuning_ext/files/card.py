@@ -37,7 +37,7 @@ EXPORTS = (
     "`export_to_peft` of that package writes the prompt of a generating model for PEFT alone, `export_standalone` a",
     "whole model that needs neither.",
 )
-EXPORTS_DEEP = ("`export_to_peft` of that package writes the prompt as prefix tuning, for PEFT alone, where both agree.",)
+EXPORTS_DEEP = ("`export_to_peft` of that package writes the prompt as prefix tuning for PEFT, where both agree.",)
 
 
 def fill_card(

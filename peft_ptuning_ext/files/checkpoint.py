@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -287,9 +287,26 @@ def check_values(tensors: Mapping[str, torch.Tensor], where: str) -> None:
             raise ValueError(f"{where}: {name!r} holds NaN or infinite values.")
 
 
+def _layers(names: Collection[str]) -> set[str]:
+    """The layers of a deep prompt that an encoder's tensors are for."""
+    return {layer for name in names for kind, _, layer in [name.partition(".")] if kind in ("keys", "values")}
+
+
 def _check_shapes(found: Mapping[str, tuple], expected: Mapping[str, torch.Tensor], where: str) -> None:
     if not found:
         raise ValueError(f"{where} holds no P-tuning prompt.")
+    layers, expected_layers = _layers(found), _layers(expected)
+    if bool(layers) != bool(expected_layers):
+        depths = ("prompt_depth='INPUT', in front of the input", "prompt_depth='DEEP', in every layer")
+        raise ValueError(
+            f"{where} holds a prompt of {depths[bool(layers)]}, and its config asks for "
+            f"{depths[bool(expected_layers)]}. The two files do not belong together."
+        )
+    if layers != expected_layers:
+        raise ValueError(
+            f"{where} holds keys and values for {len(layers)} layers, and the model has {len(expected_layers)}. The "
+            "adapter was made for another model."
+        )
     if missing := sorted(expected.keys() - found.keys()):
         raise ValueError(f"{where} lacks {missing} of the prompt encoder that its config asks for.")
     if unexpected := sorted(found.keys() - expected.keys()):

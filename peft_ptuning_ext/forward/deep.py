@@ -127,8 +127,8 @@ def _run_behind_cache(stack: PreTrainedModel, forward: Callable, call: Call, pro
     is_padded = call.mask is not None and bool((call.mask[:, 0] == 0).any())
     if is_padded and call.backbone.beside_text and call.stack not in DISTANCE_BY_MASK:
         raise ValueError(
-            f"{call.stack} measures distance in columns and takes a prompt in every layer through its cache: padding on "
-            f"the left would stand in between. Pad on the right, or choose an attention of {[*ATTENTION_NAMES]}."
+            f"{call.stack} measures distance in columns and takes a prompt in every layer through its cache: padding "
+            f"on the left would stand in between. Pad on the right, or choose an attention of {[*ATTENTION_NAMES]}."
         )
     in_front = torch.zeros(1, prompt.length, dtype=torch.long, device=call.tokens.device)
     behind = Prompt(prompt.names, prompt.length, places=in_front, takes_positions=prompt.takes_positions)
@@ -210,8 +210,8 @@ def states_of(stack: PreTrainedModel, vectors: torch.Tensor) -> States:
 def _in_evaluation(stack: nn.Module) -> Iterator[None]:
     """Inside, nothing is drawn at random, and no prompt is in front.
 
-    Quantized layers of bitsandbytes are in training mode. In evaluation on a CPU they repack their weights, and have no
-    gradients from then on.
+    Quantized layers of bitsandbytes are in training mode. In evaluation on a CPU they repack their weights, and have
+    no gradients from then on.
     """
     was_training = {module: module.training for module in stack.modules()}
     layers = [module for module in stack.modules() if isinstance(module, PTuningLayer)]

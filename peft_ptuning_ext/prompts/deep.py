@@ -60,13 +60,14 @@ class DeepPromptEncoder(nn.Module):
         shapes (`dict[int, LayerShape]`): What each layer takes.
     """
 
+    parameters_class = nn.ParameterDict
+
     def __init__(self, config: PTuningConfig, width: int, shapes: Shapes):
         super().__init__()
         length = self.num_virtual_tokens = config.num_virtual_tokens
         self.shift_positions = config.shift_positions
         self.dropout = nn.Dropout(config.encoder_dropout)
-        self.keys = nn.ParameterDict()
-        self.values = nn.ParameterDict()
+        self.keys, self.values = self.parameters_class(), self.parameters_class()
         for layer, shape in shapes.items():
             self.keys[str(layer)] = nn.Parameter(torch.zeros(shape.heads, length, shape.key_width))
             self.values[str(layer)] = nn.Parameter(torch.zeros(shape.heads, length, shape.value_width))
@@ -99,11 +100,21 @@ class DeepPromptEncoder(nn.Module):
         return {layer: (self.dropout(key), self.dropout(value)) for layer, (key, value) in states.items()}
 
 
+class _Constants(nn.ParameterDict):
+    """Parameters that are never trained."""
+
+    def register_parameter(self, name: str, param: Optional[nn.Parameter]) -> None:
+        # transformers replaces a parameter that it loads by a trainable one.
+        super().register_parameter(name, None if param is None else param.requires_grad_(False))
+
+
 class DeepMLPEncoder(DeepPromptEncoder):
     """A perceptron from V vectors to all keys and values (Liu et al., 2022, section 3.3, "reparameterization").
 
     Its keys and values are constants, which make the start what was asked for. They are saved and stay frozen.
     """
+
+    parameters_class = _Constants
 
     def __init__(self, config: PTuningConfig, width: int, shapes: Shapes):
         super().__init__(config, width, shapes)
@@ -111,7 +122,6 @@ class DeepMLPEncoder(DeepPromptEncoder):
         sizes = [width] + [config.encoder_hidden_size] * config.encoder_num_layers
         outputs = sum(shape.width for shape in shapes.values())
         self.mlp = nn.Sequential(*hidden_layers(sizes, 0), nn.Linear(sizes[-1], outputs))
-        self.freeze_constants()
 
     def freeze_constants(self) -> None:
         for constants in (self.keys, self.values):

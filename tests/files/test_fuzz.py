@@ -38,7 +38,21 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=5,
 )
-ENCODERS = {"NONE": {}, "MLP": {"encoder_hidden_size": 8}, "LSTM": {"encoder_hidden_size": 4}, "RESIDUAL": {}}
+ENCODERS = {
+    "NONE": {},
+    "MLP": {"encoder_reparameterization_type": "MLP", "encoder_hidden_size": 8},
+    "LSTM": {"encoder_reparameterization_type": "LSTM", "encoder_hidden_size": 4},
+    "RESIDUAL": {"encoder_reparameterization_type": "RESIDUAL"},
+    "deep": {"prompt_depth": "DEEP"},
+    "deep MLP": {"prompt_depth": "DEEP", "encoder_reparameterization_type": "MLP", "encoder_hidden_size": 8},
+}
+
+
+def prompt_of(model: PeftModel) -> list[torch.Tensor]:
+    """The vectors of a prompt, or the keys and values of a deep one."""
+    if not model.peft_config["default"].is_deep:
+        return [model.base_model.prompt_embeddings()]
+    return [state for pair in model.base_model.prompt_key_values().values() for state in pair]
 
 
 class Target:
@@ -79,9 +93,10 @@ class Target:
                 return
         with torch.no_grad():
             logits = model.eval()(**self.batch).logits
-            prompt = model.base_model.prompt_embeddings()
-        assert prompt.shape == (model.peft_config["default"].num_virtual_tokens, 32)
-        assert torch.isfinite(prompt).all()
+            parts = prompt_of(model)
+        config = model.peft_config["default"]
+        shape = (4, config.num_virtual_tokens, 8) if config.is_deep else (config.num_virtual_tokens, 32)
+        assert all(part.shape == shape and torch.isfinite(part).all() for part in parts)
         assert logits.shape == self.before[-1].shape
         if load is from_pretrained:
             encoder = model.base_model._layer().ptuning_encoders["default"].state_dict()
@@ -106,8 +121,7 @@ def saved(folder: Path, config: PeftConfig) -> Iterator[Target]:
 
 @pytest.fixture(scope="module", params=ENCODERS, name="target")
 def _target(request, tmp_path_factory) -> Iterator[Target]:
-    sizes = {"encoder_reparameterization_type": request.param, **ENCODERS[request.param]}
-    config = PTuningConfig(num_virtual_tokens=V, task_type="SEQ_CLS", **sizes)
+    config = PTuningConfig(num_virtual_tokens=V, task_type="SEQ_CLS", **ENCODERS[request.param])
     with saved(tmp_path_factory.mktemp("adapter"), config) as target:
         yield target
 

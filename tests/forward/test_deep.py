@@ -14,7 +14,7 @@ from by_hand import OWN_ATTENTION, deep_by_hand
 from families import CELLS, ENCODERS, FAMILIES, make_model
 from making import make_adapted, make_config
 from peft import PeftModel, get_peft_model
-from reference import POOLED, S, V, main_output, make_batch, make_labels, textbook_loss, unmasked
+from reference import S, V, main_output, make_batch, make_labels, textbook_loss, unmasked
 from releases import CACHE, CHECKPOINTING
 from tiny_tokenizers import make_tokenizer
 from transformers import PreTrainedModel

@@ -1,0 +1,343 @@
+# SPDX-FileCopyrightText: 2026 The peft_ptuning_ext authors
+# SPDX-License-Identifier: Apache-2.0
+"""The life of deep prompts: made, saved, loaded, beside others; and what is refused."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import safetensors.torch
+import torch
+from by_hand import deep_by_hand
+from families import make_model
+from making import make_adapted, make_config
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from reference import V, main_output, make_batch, unmasked
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    BertConfig,
+    BertModel,
+    Qwen3NextConfig,
+    Qwen3NextModel,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from peft_ptuning_ext import PTuningConfig, PTuningLayer
+
+
+DEEP = {"prompt_depth": "DEEP"}
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+models = pytest.mark.parametrize(
+    ("family", "task"), [("BERT", "SEQ_CLS"), ("Llama", "CAUSAL_LM"), ("MPNet", "SEQ_CLS")]
+)
+
+
+def make_deep(family: str = "BERT", task: str = "SEQ_CLS", **options) -> PeftModel:
+    return make_adapted(family, task, **DEEP | options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt_depth": "EVERY"}, "`prompt_depth` must be one of 'INPUT', 'DEEP', got 'EVERY'"),
+        ({"prompt_depth": None}, "`prompt_depth` must be one of"),
+        ({"shift_positions": True}, "`shift_positions` is only used with prompt_depth='DEEP'"),
+        ({"prompt_tuning_init": "ZERO_VALUES"}, "only used with prompt_depth='DEEP'"),
+        (DEEP | {"encoder_reparameterization_type": "LSTM"}, "'LSTM' makes vectors for the input.*'NONE' or 'MLP'"),
+        (DEEP | {"encoder_reparameterization_type": "RESIDUAL"}, "'RESIDUAL' makes vectors for the input"),
+        (
+            DEEP | {"encoder_reparameterization_type": "NONE", "encoder_hidden_size": 8},
+            "`encoder_hidden_size` has no meaning.*Leave it out or choose 'MLP'",
+        ),
+    ],
+)
+def test_fields_that_have_no_meaning_are_refused(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PTuningConfig(**options)
+
+
+def test_a_flag_is_a_flag() -> None:
+    with pytest.raises(TypeError, match="`shift_positions` must be a bool, got 'yes'"):
+        PTuningConfig(**DEEP, shift_positions="yes")
+
+
+def test_dropout_alone_asks_for_no_network() -> None:
+    config = PTuningConfig(**DEEP, encoder_dropout=0.1)
+    assert config.encoder_reparameterization_type == "NONE"
+    assert PTuningConfig(**DEEP, encoder_num_layers=1).encoder_reparameterization_type == "MLP"
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (
+            lambda: BertModel(
+                BertConfig(
+                    hidden_size=32,
+                    num_attention_heads=4,
+                    num_hidden_layers=2,
+                    is_decoder=True,
+                    add_cross_attention=True,
+                )
+            ),
+            "BertModel: it has cross-attention",
+        ),
+        (
+            lambda: Qwen3NextModel(
+                Qwen3NextConfig(
+                    vocab_size=99,
+                    hidden_size=32,
+                    num_hidden_layers=4,
+                    num_attention_heads=4,
+                    num_key_value_heads=2,
+                    head_dim=8,
+                    intermediate_size=48,
+                    num_experts=2,
+                    num_experts_per_tok=1,
+                    moe_intermediate_size=8,
+                    shared_expert_intermediate_size=8,
+                    linear_num_key_heads=2,
+                    linear_num_value_heads=2,
+                    linear_key_head_dim=8,
+                    linear_value_head_dim=8,
+                )
+            ),
+            "Qwen3NextModel: it has layers of another kind than attention",
+        ),
+    ],
+)
+def test_models_that_are_refused_stay_as_they_were(model, reason: str) -> None:
+    base = model()
+    names = [(name, type(module)) for name, module in base.named_modules()]
+    with pytest.raises(ValueError, match=f"prompt_depth='DEEP'.*{reason}.*Choose prompt_depth='INPUT'"):
+        get_peft_model(base, PTuningConfig(**DEEP))
+    assert [(name, type(module)) for name, module in base.named_modules()] == names
+    assert base.config._attn_implementation == "sdpa"
+
+
+def test_an_attention_that_no_prompt_reaches() -> None:
+    base = make_model("BERT", "SEQ_CLS")
+    base.config._attn_implementation = "flex_attention"
+    with pytest.raises(ValueError, match="its attention implementation is 'flex_attention', not one of"):
+        get_peft_model(base, make_config("SEQ_CLS", **DEEP))
+    model = make_deep()
+    model.get_base_model().set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match="was changed to 'sdpa', which does not see a prompt in every layer"):
+        model(**make_batch("BERT", "SEQ_CLS"))
+
+
+def test_a_decoder_with_another_attention_takes_the_prompt_through_its_cache() -> None:
+    batch = make_batch("Llama", "CAUSAL_LM")
+    model = make_deep("Llama", "CAUSAL_LM")
+    expected = main_output(model(**batch))
+    state = {name: value for name, value in model.state_dict().items() if "ptuning_" in name}
+    AttentionInterface.register("of_somebody", sdpa_attention_forward)
+    AttentionMaskInterface.register("of_somebody", sdpa_mask)
+    base = make_model("Llama", "CAUSAL_LM", attn_implementation="of_somebody")
+    other = get_peft_model(base, make_config("CAUSAL_LM", **DEEP)).eval()
+    other.load_state_dict(state, strict=False)
+    assert base.config._attn_implementation == "of_somebody"
+    torch.testing.assert_close(main_output(other(**batch)), expected, rtol=0, atol=1e-5)
+
+
+def _change(folder, change) -> None:
+    weights = safetensors.torch.load_file(folder / WEIGHTS)
+    safetensors.torch.save_file({k: v.contiguous() for k, v in change(weights).items()}, folder / WEIGHTS)
+
+
+def _nan_in_one(weights: dict) -> dict:
+    return {k: v.clone().fill_(float("nan")) if k.endswith("values.1") else v for k, v in weights.items()}
+
+
+def _fewer_layers(weights: dict) -> dict:
+    return {k: v for k, v in weights.items() if not k.endswith(".1")}
+
+
+def _other_heads(weights: dict) -> dict:
+    return {k: v.reshape(2, V, 16) if ".keys." in k or ".values." in k else v for k, v in weights.items()}
+
+
+def _other_width(weights: dict) -> dict:
+    return {k: v[..., :4] if ".keys." in k else v for k, v in weights.items()}
+
+
+def _as_input(weights: dict) -> dict:
+    kept = {k: v for k, v in weights.items() if "ptuning_" not in k}
+    key = next(k for k in weights if k.endswith("keys.0")).replace("keys.0", "embedding")
+    return kept | {key: torch.zeros(V, 32)}
+
+
+BROKEN = {
+    "NaN in one layer": (_nan_in_one, "'values.1' holds NaN"),
+    "fewer layers": (_fewer_layers, "keys and values for 1 layers, and the model has 2"),
+    "other heads": (_other_heads, r"has shape \(2, 5, 16\), expected \(4, 5, 8\)"),
+    "another width": (_other_width, r"has shape \(4, 5, 4\), expected \(4, 5, 8\)"),
+    "another depth": (_as_input, "holds a prompt of prompt_depth='INPUT'.*its config asks for prompt_depth='DEEP'"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_a_broken_adapter_leaves_the_model_as_it_was(case: str, low_cpu_mem_usage: bool, tmp_path) -> None:
+    make_deep().save_pretrained(tmp_path)
+    change, message = BROKEN[case]
+    _change(tmp_path, change)
+    base, untouched = make_model("BERT", "SEQ_CLS"), make_model("BERT", "SEQ_CLS")
+    with pytest.raises(ValueError, match=message):
+        PeftModel.from_pretrained(base, tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert [(n, type(m)) for n, m in base.named_modules()] == [(n, type(m)) for n, m in untouched.named_modules()]
+    assert base.config._attn_implementation == untouched.config._attn_implementation
+    model = make_adapted("BERT", "SEQ_CLS")
+    expected, batch = model.prompt_embeddings(), make_batch("BERT", "SEQ_CLS")
+    output = main_output(model(**batch))
+    with pytest.raises(ValueError, match=message):
+        model.load_adapter(tmp_path, "deep")
+    assert torch.equal(model.prompt_embeddings(), expected)
+    assert torch.equal(main_output(model(**batch)), output)
+    assert list(model.peft_config) == ["default"]
+
+
+def test_the_config_of_one_depth_beside_the_weights_of_the_other(tmp_path) -> None:
+    for depth, other in (("INPUT", "DEEP"), ("DEEP", "INPUT")):
+        folder = tmp_path / depth
+        make_adapted("BERT", "SEQ_CLS", prompt_depth=depth).save_pretrained(folder)
+        config = json.loads((folder / CONFIG).read_text())
+        (folder / CONFIG).write_text(json.dumps(config | {"prompt_depth": other}))
+        with pytest.raises(ValueError, match=f"prompt_depth='{depth}'.* asks for prompt_depth='{other}'"):
+            PeftModel.from_pretrained(make_model("BERT", "SEQ_CLS"), folder)
+
+
+def test_a_length_that_the_weights_do_not_have_takes_no_memory(tmp_path) -> None:
+    make_deep(prompt_tuning_init="SAMPLE_VOCAB").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps(config | {"num_virtual_tokens": 2**24}))
+    with pytest.raises(ValueError, match=r"expected \(4, 16777216, 8\)"):
+        PeftModel.from_pretrained(make_model("BERT", "SEQ_CLS"), tmp_path)
+
+
+@models
+@pytest.mark.parametrize("encoder", ["NONE", "MLP"])
+def test_low_cpu_mem_usage(family: str, task: str, encoder: str, tmp_path) -> None:
+    model, batch = make_deep(family, task, encoder_reparameterization_type=encoder), make_batch(family, task)
+    expected = main_output(model(**batch))
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make_model(family, task), tmp_path, low_cpu_mem_usage=True).eval()
+    torch.testing.assert_close(main_output(loaded(**batch)), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("encoder", ["NONE", "MLP"])
+def test_adapters_of_transformers_itself(encoder: str, tmp_path) -> None:
+    batch = make_batch("Llama", "CAUSAL_LM")
+    model = make_model("Llama", "CAUSAL_LM")
+    plain = main_output(model(**batch))
+    model.add_adapter(make_config(**DEEP, encoder_reparameterization_type=encoder), "deep")
+    expected = main_output(model.eval()(**batch))
+    assert not torch.allclose(expected, plain)
+    model.disable_adapters()
+    assert torch.equal(main_output(model(**batch)), plain)
+    model.enable_adapters()
+    model.save_pretrained(tmp_path)
+    other = make_model("Llama", "CAUSAL_LM")
+    other.load_adapter(tmp_path, "loaded", is_trainable=True)
+    torch.testing.assert_close(main_output(other.eval()(**batch)), expected, rtol=0, atol=1e-6)
+    trained = {name for name, parameter in other.named_parameters() if parameter.requires_grad}
+    assert trained == {
+        name.replace(".deep.", ".loaded.") for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
+    assert any(".keys." in name for name in trained) == (encoder == "NONE")
+
+
+@models
+def test_autocast(family: str, task: str) -> None:
+    model, batch = make_deep(family, task), make_batch(family, task)
+    expected = main_output(model(**batch))
+    with torch.autocast("cpu", torch.bfloat16):
+        output = main_output(model(**batch))
+    torch.testing.assert_close(output.float(), expected, rtol=0.1, atol=0.1)
+    output.float().square().sum().backward()
+    gradients = [p.grad for name, p in model.named_parameters() if "ptuning_" in name]
+    assert all(gradient.dtype == torch.float32 and gradient.any() for gradient in gradients)
+
+
+@models
+@torch.no_grad()
+def test_threads_share_a_model(family: str, task: str) -> None:
+    model = make_deep(family, task)
+    batches = [make_batch(family, task, lengths=(length, 4)) for length in range(4, 20)]
+    expected = [main_output(model(**batch)) for batch in batches]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(torch.no_grad()(lambda batch: main_output(model(**batch))), batches))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")
+@torch.no_grad()
+def test_beside_a_lora_below() -> None:
+    batch = make_batch("Llama", "CAUSAL_LM")
+    torch.manual_seed(0)
+    config = LoraConfig(init_lora_weights=False, target_modules=["q_proj", "v_proj"])
+    lora = inject_adapter_in_model(config, make_model("Llama", "CAUSAL_LM"))
+    model = get_peft_model(lora, make_config("CAUSAL_LM", **DEEP)).eval()
+    states = model.prompt_key_values()
+    output = main_output(model(**batch))
+    torch.manual_seed(0)
+    merged = get_peft_model(make_model("Llama", "CAUSAL_LM"), config).merge_and_unload()
+    expected = deep_by_hand("Llama", merged.eval(), states, batch)
+    mask = batch["attention_mask"]
+    torch.testing.assert_close(unmasked(output, mask), unmasked(expected, mask), rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_prompt_starts_at_that_of_another_task(tmp_path) -> None:
+    source = make_deep("BERT", "SEQ_CLS", encoder_reparameterization_type="MLP")
+    source.save_pretrained(tmp_path / "source")
+    start = {"prompt_tuning_init": "ADAPTER", "prompt_tuning_init_adapter": tmp_path / "source"}
+    model = make_deep("BERT", "TOKEN_CLS", **start)
+    for pair, other in zip(model.prompt_key_values().values(), source.prompt_key_values().values(), strict=True):
+        torch.testing.assert_close(pair, other, rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match="`prompt_depth` is 'INPUT', and the prompt of .* has 'DEEP'"):
+        make_adapted("BERT", "SEQ_CLS", **start)
+    with pytest.raises(ValueError, match="keys and values for 2 layers, and the model has 3"):
+        make_adapted("BERT", "SEQ_CLS", sizes={"num_hidden_layers": 3}, **DEEP, **start)
+
+
+def test_a_start_at_more_tokens_than_the_model_reads() -> None:
+    with pytest.raises(ValueError, match="starts at tokens is 65 of them here, and BertModel can read 64"):
+        make_deep("BERT", "SEQ_CLS", length=65, prompt_tuning_init="SAMPLE_VOCAB")
+    assert make_deep("BERT", "SEQ_CLS", length=65)(**make_batch("BERT", "SEQ_CLS")).logits.isfinite().all()
+
+
+def test_a_prompt_that_takes_positions_leaves_one_for_the_text() -> None:
+    with pytest.raises(ValueError, match="`num_virtual_tokens` is 64, and BertForSequenceClassification has 64"):
+        make_deep("BERT", "SEQ_CLS", length=64, shift_positions=True)
+    model = make_deep("GPT-2", "CAUSAL_LM", length=60, shift_positions=True)
+    with pytest.raises(ValueError, match="60 virtual tokens and 7 text tokens are 67 positions"):
+        model(**make_batch("GPT-2", "CAUSAL_LM"))
+    make_deep("GPT-2", "CAUSAL_LM", length=60)(**make_batch("GPT-2", "CAUSAL_LM"))
+
+
+def test_measuring_leaves_the_model_as_it_was() -> None:
+    base = make_model("BERT", "SEQ_CLS").train()
+    base.bert.encoder.layer[0].eval()
+    before = [module.training for module in base.modules()]
+    state = torch.get_rng_state()
+    model = get_peft_model(base, make_config("SEQ_CLS", **DEEP, prompt_tuning_init="SAMPLE_VOCAB"))
+    names = {n for n, m in model.named_modules() if isinstance(m, PTuningLayer)}
+    assert len(names) == 1
+    assert [m.training for m in model.unload().modules()] == before
+    assert not torch.equal(torch.get_rng_state(), state)  # of the start itself
+
+
+def test_what_a_card_says(tmp_path) -> None:
+    model = make_deep("Llama", "CAUSAL_LM")
+    model.save_pretrained(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert f"keys and values of {V} positions in each of 2 layers, encoder `NONE`" in text
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert f"{count:,} parameters, of which {count:,} are deployed" in text
+    assert "export_standalone" not in text
