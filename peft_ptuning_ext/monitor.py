@@ -28,8 +28,8 @@ class PromptMonitor(TrainerCallback):
 
     Each log entry that has a loss gains
 
-    - `prompt_norm`: mean L2 norm of the V vectors; of a deep prompt, `prompt_norm_keys_0`, `prompt_norm_values_0` and so
-      on: those of the keys and values of each layer;
+    - `prompt_norm`: mean L2 norm of the V vectors. A deep prompt has `prompt_norm_keys_0`, `prompt_norm_values_0` and
+      so on instead: those of the keys and of the values of each layer;
     - `prompt_grad_norm`: L2 norm of the gradient of the prompt encoder's parameters, after clipping. Left out where
       they have none to show, as under DeepSpeed, which keeps gradients to itself;
     - `prompt_shift`: how far the prompt is from where training began, relative to its norm there;

@@ -282,7 +282,7 @@ def test_beside_a_lora_below() -> None:
     torch.manual_seed(0)
     config = LoraConfig(init_lora_weights=False, target_modules=["q_proj", "v_proj"])
     lora = inject_adapter_in_model(config, make_model("Llama", "CAUSAL_LM"))
-    model = get_peft_model(lora, make_config("CAUSAL_LM", **DEEP)).eval()
+    model = get_peft_model(lora, make_config("CAUSAL_LM", **DEEP), adapter_name="prompt").eval()
     states = model.prompt_key_values()
     output = main_output(model(**batch))
     torch.manual_seed(0)
