@@ -73,6 +73,17 @@ def test_the_lines_of_a_card_load_the_adapter(family, task, options, tmp_path, m
     assert "### Framework versions\n\n- PEFT" in (tmp_path / "my-prompt" / "README.md").read_text()
 
 
+@pytest.mark.parametrize("encoder", ["NONE", "MLP"])
+def test_a_card_counts_the_keys_and_values_of_a_deep_prompt(encoder, tmp_path) -> None:
+    model = make_adapted("Llama", prompt_depth="DEEP", encoder_reparameterization_type=encoder)
+    model.save_pretrained(tmp_path / "my-prompt")
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    deployed = 2 * 2 * 2 * V * 8  # layers, keys and values, heads, V, D
+    for card in (ModelCard.load(tmp_path / "my-prompt" / "README.md"), make_model_card(model, "my-prompt")):
+        assert f"| prompt | keys and values of {V} positions in each of 2 layers, encoder `{encoder}` |" in card.text
+        assert f"| trained | {trained:,} parameters, of which {deployed:,} are deployed |" in card.text
+
+
 def test_a_model_without_a_task_type_is_loaded_onto_its_base(tmp_path, monkeypatch) -> None:
     model = make_adapted("BERT", "masked LM")
     model.save_pretrained(tmp_path / "my-prompt")
