@@ -7,7 +7,7 @@ Importing this package registers the method with PEFT and has no other effect.
 
 from .config import PromptEncoderType, PTuningConfig
 from .export.model_card import make_model_card
-from .export.prompt import fold_prompt, to_prompt_embeds
+from .export.prompt import fold_prompt, to_prompt_embeds, unfold_prompt
 from .export.standalone import export_standalone
 from .export.stock import export_to_peft, import_from_peft
 from .monitor import PromptMonitor
@@ -32,6 +32,7 @@ __all__ = [
     "import_from_peft",
     "make_model_card",
     "to_prompt_embeds",
+    "unfold_prompt",
 ]
 
 register(PTuningConfig, PTuningModel)

@@ -24,7 +24,7 @@ from .adapters.vocabulary import allow_resizing, token_rows, train_token_rows
 from .backbone import find_backbone
 from .config import PromptInit, PTuningConfig
 from .files.checkpoint import ENCODER_KEY, TOKENS_KEY, check_state, saved_name
-from .forward.deep import states_of, take_prompts
+from .forward.deep import record_prompt, take_prompts
 from .forward.wrap import attach, why_in_row
 from .prompts.adapter import find_layer, find_stack
 from .prompts.deep import cast, without_batch
@@ -123,7 +123,7 @@ class PTuningModel(BaseTuner):
         if layer.is_deep(name):
             encoded = layer.encode(name)
         else:
-            encoded = states_of(find_stack(self.model), self.prompt_embeddings(name))
+            encoded, _ = record_prompt(find_stack(self.model), self.prompt_embeddings(name))
         return without_batch(cast(encoded, layer.dtype))
 
     @torch.no_grad()

@@ -101,8 +101,8 @@ FLOORS = [
     ["backbone", "registration", "files"],
     ["config"],
     ["prompts"],
-    ["forward", "export", "monitor"],
-    ["adapters"],
+    ["forward", "monitor"],
+    ["adapters", "export"],
     ["tuner"],
 ]
 

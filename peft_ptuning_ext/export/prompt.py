@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The peft_ptuning_ext authors
 # SPDX-License-Identifier: Apache-2.0
-"""A prompt without its network, and as embeddings."""
+"""A prompt without its network, in every layer, and as embeddings."""
 
 from __future__ import annotations
 
@@ -8,20 +8,26 @@ import copy
 from typing import Optional
 
 import torch
+from peft import PromptTuningInit
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..config import PromptEncoderType
-from ..prompts.adapter import find_adapter, find_stack
+from ..config import INIT_FIELDS, PromptDepth, PromptEncoderType, PTuningConfig
+from ..forward.deep import record_prompt, take_prompts
+from ..prompts.adapter import Adapter, find_adapter, find_stack
 from ..prompts.build import build_encoder
+from ..prompts.deep import DeepPromptEncoder, shapes_of
 from ..prompts.encoder import PromptEncoder
+from ..prompts.prompt import States
 
 
 def fold_prompt(model: nn.Module, adapter_name: Optional[str] = None) -> None:
-    """Replaces the network of a prompt (`MLP`, `LSTM`, `RESIDUAL`) by the V × H numbers that come out of it, in place.
+    """Replaces the network of a prompt (`MLP`, `LSTM`, `RESIDUAL`) by the numbers that come out of it, in place.
 
-    Outputs in evaluation mode stay bitwise the same, and what is saved shrinks to the table. The table is trained
-    further as plain vectors if the network was trained; an optimizer made before still holds the network.
+    These are V × H vectors, or the keys and values of a deep prompt. Outputs in evaluation mode stay bitwise the same,
+    and what is saved shrinks to the numbers. They are trained further as such if the network was trained; an optimizer
+    made before still holds the network. Dropout inside a network goes with it. That of a deep prompt stays, because it
+    acts on the keys and values.
 
     Args:
         model (`PeftModel` or a transformers model): The model that has the adapter.
@@ -31,17 +37,63 @@ def fold_prompt(model: nn.Module, adapter_name: Optional[str] = None) -> None:
         ValueError: There is no such adapter.
     """
     adapter = find_adapter(model, adapter_name)
-    layer, network = adapter.layer, adapter.layer.ptuning_encoders[adapter.name]
-    if type(network) is PromptEncoder:
+    if type(adapter.layer.ptuning_encoders[adapter.name]) in (PromptEncoder, DeepPromptEncoder):
         return
-    prompt, config = adapter.prompt(), copy.copy(adapter.config)  # other adapters may have the same config
+    config = _without_network(adapter.config)
+    if adapter.is_deep:
+        _replace_encoder(model, adapter, config, adapter.states())
+    else:
+        config.encoder_dropout = 0.0
+        _replace_encoder(model, adapter, config, adapter.prompt())
+
+
+def unfold_prompt(model: nn.Module, adapter_name: Optional[str] = None) -> None:
+    """Makes a prompt at the input a deep one that computes the same, in place; a network of it is folded away.
+
+    On a causal decoder, V vectors at the input become V keys and values in every layer, whatever the text is. They are
+    what a deep prompt with `shift_positions=True` consists of. Outputs in evaluation mode stay the same up to
+    rounding, and training goes on in every layer. An optimizer made before still holds the former parameters. Calls
+    with `token_type_ids`, which GPT-2 takes, are an exception: a deep prompt has no token type, and so no embedding of
+    one.
+
+    Args:
+        model (`PeftModel` or a transformers model): The model that has the adapter.
+        adapter_name (`str`, *optional*): Which adapter; by default the active one.
+
+    Raises:
+        ValueError:
+            There is no such adapter, its prompt is deep already, or the prompt's keys and values depend on the text
+            (in an encoder, say). The model is then as it was.
+    """
+    adapter = find_adapter(model, adapter_name)
+    if adapter.is_deep:
+        raise ValueError(f"The prompt of adapter {adapter.name!r} is deep already.")
+    stack, layer = find_stack(model), adapter.layer
+    states, modules = record_prompt(stack, adapter.prompt().to(layer.dtype or stack.dtype))
+    config = _without_network(adapter.config)
+    config.prompt_depth, config.shift_positions, config.encoder_dropout = PromptDepth.DEEP, True, 0.0
+    # Where the vectors once started says nothing about keys and values.
+    config.prompt_tuning_init, config._tokenizer = PromptTuningInit.RANDOM, None
+    for name in INIT_FIELDS:
+        setattr(config, name, None)
+    take_prompts(stack, stack.ptuning.backbone, modules)
+    _replace_encoder(model, adapter, config, states)
+
+
+def _without_network(config: PTuningConfig) -> PTuningConfig:
+    config = copy.copy(config)  # other adapters may have the same config
     config.encoder_reparameterization_type = PromptEncoderType.NONE
     config.encoder_hidden_size = config.encoder_num_layers = None
-    config.encoder_dropout = 0.0
-    table = build_encoder(config, prompt.shape[1]).to(prompt)
-    table.start_at(prompt)
-    table.requires_grad_(network.embedding.requires_grad).train(network.training)
-    layer.ptuning_encoders[adapter.name] = table
+    return config
+
+
+def _replace_encoder(model: nn.Module, adapter: Adapter, config: PTuningConfig, prompt: torch.Tensor | States) -> None:
+    """Gives an adapter the plain encoder that `config` asks for, which starts at `prompt`."""
+    former, width = adapter.layer.ptuning_encoders[adapter.name], adapter.layer.get_base_layer().embedding_dim
+    encoder = build_encoder(config, width, shapes_of(prompt) if config.is_deep else None)
+    encoder.to(next(former.parameters())).start_at(prompt)
+    is_trained = any(parameter.requires_grad for parameter in former.parameters())
+    adapter.layer.ptuning_encoders[adapter.name] = encoder.requires_grad_(is_trained).train(former.training)
     model.peft_config[adapter.name] = config
     find_stack(model).ptuning.states.drop(adapter.name)
 
@@ -62,10 +114,16 @@ def to_prompt_embeds(model: nn.Module, input_ids: torch.Tensor, adapter_name: Op
 
     Raises:
         ValueError:
-            There is no such adapter, `input_ids` is not one text, or adapters train rows of the vocabulary and this
-            one is not active.
+            There is no such adapter, its prompt is deep, `input_ids` is not one text, or adapters train rows of the
+            vocabulary and this one is not active.
     """
     adapter = find_adapter(model, adapter_name)
+    if adapter.is_deep:
+        raise ValueError(
+            f"The prompt of adapter {adapter.name!r} is deep: it stands in every layer, and an engine that takes "
+            "embeddings gives them to the first layer only. Serve this model with the package, or train the prompt "
+            "with prompt_depth='INPUT'."
+        )
     if input_ids.dim() == 2 and len(input_ids) == 1:
         input_ids = input_ids[0]
     if input_ids.dim() != 1:

@@ -65,13 +65,19 @@ def export_standalone(
 
     Raises:
         ValueError:
-            The model reads the prompt's positions outside the backbone (a pooled first token, say), its weights are
-            quantized, the adapter trains rows of the vocabulary (`trainable_token_indices`), the tokenizer can't be
-            told to put something in front, or the folder holds an adapter, which would be loaded on top. Nothing is
-            written then.
+            The prompt is deep, the model reads the prompt's positions outside the backbone (a pooled first token,
+            say), its weights are quantized, the adapter trains rows of the vocabulary (`trainable_token_indices`), the
+            tokenizer can't be told to put something in front, or the folder holds an adapter, which would be loaded on
+            top. Nothing is written then.
     """
     adapter = find_adapter(model, adapter_name)
     base_model = adapter.base_model
+    if adapter.is_deep:
+        raise ValueError(
+            f"The prompt of adapter {adapter.name!r} is deep: it stands in every layer, and entries of a vocabulary "
+            "reach the first layer only. Serve this model with the package, write the prompt for stock PEFT with "
+            "`export_to_peft`, or train it with prompt_depth='INPUT'."
+        )
     if adapter.config.trainable_token_indices is not None:
         raise ValueError(
             "The adapter trains rows of the vocabulary beside the prompt (`trainable_token_indices`), which would be "

@@ -115,6 +115,7 @@ def _run_behind_cache(stack: PreTrainedModel, forward: Callable, call: Call, pro
             f"{call.stack} takes a prompt in every layer through its cache, which transformers leaves out under "
             "gradient checkpointing. Turn gradient checkpointing off."
         )
+    _check_padding(call)
     is_own = cache is None
     cache = DynamicCache(config=stack.config) if is_own else full_view(cache)
     if in_row.is_static(cache):
@@ -124,19 +125,25 @@ def _run_behind_cache(stack: PreTrainedModel, forward: Callable, call: Call, pro
         )
     for layer, states in prompt.states.items():
         cache.update(*(state.expand(len(call.tokens), -1, -1, -1) for state in states), layer)
-    is_padded = call.mask is not None and bool((call.mask[:, 0] == 0).any())
-    if is_padded and call.backbone.beside_text and call.stack not in DISTANCE_BY_MASK:
-        raise ValueError(
-            f"{call.stack} measures distance in columns and takes a prompt in every layer through its cache: padding "
-            f"on the left would stand in between. Pad on the right, or choose an attention of {[*ATTENTION_NAMES]}."
-        )
-    in_front = torch.zeros(1, prompt.length, dtype=torch.long, device=call.tokens.device)
-    behind = Prompt(prompt.names, prompt.length, places=in_front, takes_positions=prompt.takes_positions)
+    places = torch.zeros(len(call.tokens), prompt.length, dtype=torch.long, device=call.tokens.device)
+    behind = Prompt(prompt.names, prompt.length, places=places, takes_positions=prompt.takes_positions)
     note_prompt(cache if is_own else call.cache, behind)
     given = call.arguments(**{name: full_view(cache)})
     filled = dataclasses.replace(call, given=given, cache=given[name], past=prompt.length, cached_prompt=behind)
     output = in_row.go_on(forward, filled, lambda: WHY_CACHED)
     return _without_cache(output) if is_own and call.given.get("use_cache") is False else output
+
+
+def _check_padding(call: Call) -> None:
+    """Refuses padding between the prompt and the text where distance is counted in columns."""
+    mask = call.plain_mask
+    if mask is None or not call.backbone.beside_text or call.stack in DISTANCE_BY_MASK:
+        return
+    if not torch.compiler.is_compiling() and (mask[:, 0] == 0).any():
+        raise ValueError(
+            f"{call.stack} measures distance in columns, and a prompt in every layer stands in its cache in front of "
+            "all columns: padding on the left would stand between both. Pad on the right."
+        )
 
 
 def _without_cache(output: Any) -> Any:
@@ -172,38 +179,11 @@ def measure(
         arguments["position_ids"] = positions
     with torch.no_grad(), _in_evaluation(stack), gather_params_ctx(stack.parameters()):
         if backbone.deep_way == "cache":
-            cache = DynamicCache(config=stack.config)
-            stack(**arguments, **{backbone.cache_name: cache, "use_cache": True})
-            return {index: (layer.keys, layer.values) for index, layer in enumerate(cache.layers)}, {}
+            return _fill_cache(stack, backbone, arguments), {}
         if backbone.deep_way == "projections":
             return projections.record(stack, arguments), {}
         recording = _record(stack, arguments)
         return recording.states, recording.modules
-
-
-def states_of(stack: PreTrainedModel, vectors: torch.Tensor) -> States:
-    """Returns the keys and values that a prompt at the input becomes in every layer of a causal decoder.
-
-    Args:
-        stack (`PreTrainedModel`): The backbone, with prompts attached.
-        vectors (`torch.Tensor`): The prompt, (V, H).
-
-    Raises:
-        ValueError: They can't be told apart from those of the text.
-    """
-    attachment = stack.ptuning
-    backbone = attachment.backbone
-    reason = backbone.not_in_attention or backbone.not_recorded or attachment.not_recorded
-    if reason is None:
-        try:
-            with torch.no_grad(), _in_evaluation(stack):
-                return in_attention.record(stack.config, stack, vectors[None])
-        except NotRecorded as found:
-            reason = str(found)
-    raise ValueError(
-        f"In {type(stack).__name__}, a prompt at the input has no keys and values of its own, apart from those of the "
-        f"text: {reason}."
-    )
 
 
 @contextmanager
@@ -227,6 +207,12 @@ def _in_evaluation(stack: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def _fill_cache(stack: PreTrainedModel, backbone: Backbone, arguments: dict[str, Any]) -> States:
+    cache = DynamicCache(config=stack.config)
+    stack(**arguments, **{backbone.cache_name: cache, "use_cache": True})
+    return {index: (layer.keys, layer.values) for index, layer in enumerate(cache.layers)}
+
+
 def _record(stack: PreTrainedModel, arguments: dict[str, Any]) -> Recording:
     config, recording = stack.config, Recording()
     implementation = config._attn_implementation
@@ -240,6 +226,49 @@ def _record(stack: PreTrainedModel, arguments: dict[str, Any]) -> Recording:
     except NotRecorded as reason:
         raise _refusal(stack, str(reason)) from None
     return recording
+
+
+def record_prompt(stack: PreTrainedModel, vectors: torch.Tensor) -> tuple[States, dict[int, nn.Module]]:
+    """Returns the keys and values that a prompt at the input of a causal decoder becomes in every layer.
+
+    Args:
+        stack (`PreTrainedModel`): The backbone, with prompts attached.
+        vectors (`torch.Tensor`): The prompt, (V, H), in the dtype of the text's embeddings.
+
+    Returns:
+        `tuple[dict, dict]`: By layer, keys and values (1, key-value heads, V, D); and the modules that attend.
+
+    Raises:
+        ValueError: They depend on the text, or a deep prompt can't take their place.
+    """
+    backbone = stack.ptuning.backbone
+    if (reason := _why_not_apart(stack)) is not None:
+        raise ValueError(
+            f"In {type(stack).__name__}, the keys and values of a prompt at the input can't be computed apart from "
+            f"the text: {reason}."
+        )
+    # A copy of the prompt, because there are models that scale their embeddings in place.
+    arguments = {"inputs_embeds": vectors[None].clone()}
+    if "position_ids" in backbone.parameters:
+        arguments["position_ids"] = torch.arange(len(vectors), device=vectors.device)[None]
+    with torch.no_grad(), _in_evaluation(stack), gather_params_ctx(stack.parameters()):
+        if backbone.deep_way == "cache":
+            return _fill_cache(stack, backbone, arguments), {}
+        recording = _record(stack, {**arguments, "use_cache": False})
+    return recording.states, recording.modules
+
+
+def _why_not_apart(stack: PreTrainedModel) -> Optional[str]:
+    """Why keys and values of a prompt at the input can't be those of a deep one; `None` if they can."""
+    attachment = stack.ptuning
+    backbone = attachment.backbone
+    if backbone.not_deep is not None or backbone.deep_way != "cache":
+        return backbone.not_deep or backbone.not_recorded or attachment.not_recorded
+    if type(stack).__name__ in DISTANCE_BY_MASK:  # it needs no positions
+        return None
+    if backbone.beside_text:
+        return "it measures distance in columns, and padding would stand between a prompt in its cache and the text"
+    return backbone.not_recorded
 
 
 def take_prompts(stack: PreTrainedModel, backbone: Backbone, modules: dict[int, nn.Module]) -> None:

@@ -4,8 +4,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from accelerate.utils import is_compiled_module
@@ -14,6 +15,7 @@ from torch import nn
 
 from ..config import PTuningConfig
 from .layer import PTuningLayer
+from .prompt import States
 
 
 # The attribute of a backbone at which it carries what it is attached to.
@@ -34,14 +36,31 @@ class Adapter:
         """Name of the model that the adapter is for; empty if it has none."""
         return self.config.base_model_name_or_path or getattr(self.base_model, "name_or_path", None) or ""
 
-    @torch.no_grad()
+    @property
+    def is_deep(self) -> bool:
+        """Whether the prompt is keys and values in every layer."""
+        return self.layer.is_deep(self.name)
+
     def prompt(self) -> torch.Tensor:
-        """The prompt as it is used after training, shape (V, H), in its encoder's dtype."""
+        """The prompt as it is used after training, shape (V, H), in its encoder's dtype.
+
+        Raises:
+            ValueError: The prompt is deep and has no vectors.
+        """
+        return self._after_training(self.layer.prompt).detach().clone()
+
+    def states(self) -> States:
+        """A deep prompt as it is used after training: keys and values by layer, each (1, key-value heads, V, D)."""
+        encoded = self._after_training(self.layer.encode)
+        return {layer: tuple(state.detach().clone() for state in pair) for layer, pair in encoded.items()}
+
+    @torch.no_grad()
+    def _after_training(self, encode: Callable[[str], Any]) -> Any:
         encoder = self.layer.ptuning_encoders[self.name]
         was_training = encoder.training
         try:
             encoder.eval()
-            return self.layer.prompt(self.name).detach().clone()
+            return encode(self.name)
         finally:
             encoder.train(was_training)
 
