@@ -13,13 +13,16 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from ..config import PromptDepth, PTuningConfig
 from ..files.checkpoint import CheckpointSource, check_values, read_prompt, read_tensors
 from .build import build_encoder
-from .deep import Shapes
+from .deep import LayerShape, Shapes, describe
 from .prompt import States
 
 
-# Key of the table in a checkpoint of stock prompt learning, and the types of such adapters.
+# Key of the table in a checkpoint of stock prompt learning, and the types of such adapters: those that hold vectors
+# for the input, and those that hold keys and values for every layer.
 STOCK_KEY = "prompt_embeddings"
-STOCK_TYPES = (PeftType.PROMPT_TUNING, PeftType.P_TUNING)
+STOCK_INPUT_TYPES = (PeftType.PROMPT_TUNING, PeftType.P_TUNING)
+STOCK_DEEP_TYPES = (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE)
+STOCK_TYPES = (*STOCK_INPUT_TYPES, *STOCK_DEEP_TYPES)
 
 
 def load_prompt(config: PTuningConfig, width: int, shapes: Optional[Shapes] = None) -> torch.Tensor | States:
@@ -46,7 +49,7 @@ def load_prompt(config: PTuningConfig, width: int, shapes: Optional[Shapes] = No
             f"`prompt_tuning_init_adapter` names {model_id}, an adapter of type {saved.peft_type.value}. Prompts can "
             f"start at those of {', '.join(kind.value for kind in (PeftType('PTUNING'), *STOCK_TYPES))}."
         )
-    depth = PromptDepth.INPUT if is_stock else saved.prompt_depth
+    depth = stock_depth(saved) if is_stock else saved.prompt_depth
     if depth is not config.prompt_depth:
         raise ValueError(
             f"`prompt_depth` is {config.prompt_depth.value!r}, and the prompt of {model_id}, at which "
@@ -56,7 +59,7 @@ def load_prompt(config: PTuningConfig, width: int, shapes: Optional[Shapes] = No
     if saved.num_virtual_tokens != length:
         raise ValueError(
             f"`num_virtual_tokens` is {length}, and the prompt of {model_id}, at which `prompt_tuning_init_adapter` "
-            f"starts, has {saved.num_virtual_tokens} vectors. Give both the same number."
+            f"starts, has {saved.num_virtual_tokens} virtual tokens. Give both the same number."
         )
     try:
         path = CheckpointSource(model_id).find()
@@ -69,8 +72,77 @@ def load_prompt(config: PTuningConfig, width: int, shapes: Optional[Shapes] = No
         with torch.device("meta"):
             encoder = build_encoder(saved, width, shapes)
         return read_prompt(path, encoder)
-    # Of an encoder-decoder's rows, stock PEFT puts the first V in front of the encoder and the others nowhere.
-    rows = length * (saved.num_transformer_submodules or 1)
-    tensors = read_tensors(path, {STOCK_KEY: (rows, width)}, with_others=False)
+    expected = stock_shape(saved, model_id, width, shapes)
+    tensors = read_tensors(path, {STOCK_KEY: expected}, with_others=False)
     check_values(tensors, path)
-    return tensors[STOCK_KEY][:length].float()
+    return from_stock(tensors[STOCK_KEY].float(), saved, shapes)
+
+
+def stock_depth(config: PeftConfig) -> PromptDepth:
+    """Where the prompt of a stock adapter enters the model."""
+    return PromptDepth.DEEP if config.peft_type in STOCK_DEEP_TYPES else PromptDepth.INPUT
+
+
+def stock_shape(config: PeftConfig, model_id: str, width: int, shapes: Optional[Shapes] = None) -> tuple[int, int]:
+    """Returns the shape of the table that a stock adapter has saved.
+
+    Args:
+        config ([`~peft.PeftConfig`]): Its config.
+        model_id (`str`): Its name, for messages.
+        width (`int`): Width H of the model's input embedding.
+        shapes (`dict[int, LayerShape]`, *optional*): What each layer of the model takes, for keys and values.
+
+    Raises:
+        ValueError: The config is not of an adapter for such a model.
+    """
+    length, submodules = config.num_virtual_tokens, config.num_transformer_submodules
+    if stock_depth(config) is PromptDepth.INPUT:
+        if submodules not in (None, 1, 2):
+            raise ValueError(f"`num_transformer_submodules` of {model_id} must be 1 or 2, got {submodules!r}.")
+        return length * (submodules or 1), width
+    if submodules not in (None, 1):
+        raise ValueError(
+            f"`num_transformer_submodules` of {model_id} is {submodules!r}: its keys and values stand in the decoder "
+            "of an encoder-decoder, and prompts of this package in the encoder."
+        )
+    kind = stock_layer(shapes)
+    sizes = {"num_layers": len(shapes), "num_attention_heads": kind.heads, "token_dim": kind.heads * kind.key_width}
+    for name, expected in sizes.items():
+        if (found := getattr(config, name)) not in (None, expected):
+            raise ValueError(
+                f"`{name}` of {model_id} is {found!r}, and this model has {expected}: {describe(shapes)}. The adapter "
+                "was made for another model."
+            )
+    return length, len(shapes) * kind.width
+
+
+def stock_layer(shapes: Shapes) -> LayerShape:
+    """Returns what each layer of a model takes, if all take the same, as stock PEFT has it.
+
+    Raises:
+        ValueError: Layers differ, or keys and values do.
+    """
+    kinds = sorted(set(shapes.values()))
+    if len(kinds) > 1 or kinds[0].key_width != kinds[0].value_width or [*shapes] != [*range(len(shapes))]:
+        sizes = " or ".join(f"{kind.heads} × {kind.key_width} and {kind.heads} × {kind.value_width}" for kind in kinds)
+        raise ValueError(
+            f"Stock PEFT gives keys and values of one size to all layers, and this model takes {sizes} in layers "
+            f"{[*shapes]}. Stay with this package."
+        )
+    return kinds[0]
+
+
+def from_stock(table: torch.Tensor, config: PeftConfig, shapes: Optional[Shapes] = None) -> torch.Tensor | States:
+    """The prompt in a table of stock PEFT: vectors (V, H), or keys and values by layer, (1, key-value heads, V, D)."""
+    if stock_depth(config) is PromptDepth.INPUT:
+        # Of an encoder-decoder's rows, stock PEFT puts the first V in front of the encoder and the others nowhere.
+        return table[: config.num_virtual_tokens].clone()
+    heads = stock_layer(shapes).heads
+    by_head = table.unflatten(1, (2 * len(shapes), heads, -1)).permute(1, 2, 0, 3).contiguous()  # (2 · L, heads, V, D)
+    return {layer: (by_head[2 * layer][None], by_head[2 * layer + 1][None]) for layer in shapes}
+
+
+def to_stock(states: States) -> torch.Tensor:
+    """The table of stock PEFT, (V, L · 2 · key-value heads · D): layer by layer, keys before values."""
+    by_head = torch.cat([state for pair in states.values() for state in pair])  # (2 · L, heads, V, D)
+    return by_head.permute(2, 0, 1, 3).flatten(1)

@@ -268,7 +268,7 @@ def test_a_stock_pickle_is_not_read(tmp_path) -> None:
 def test_an_adapter_of_another_kind_is_not_taken_over(tmp_path) -> None:
     config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
     get_peft_model(make_model("Llama", "CAUSAL_LM"), config).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="adapter of type LORA.*PROMPT_TUNING and P_TUNING"):
+    with pytest.raises(ValueError, match="adapter of type LORA.*PROMPT_TUNING, P_TUNING, PREFIX_TUNING, CARTRIDGE"):
         import_from_peft(make_model("Llama", "CAUSAL_LM"), str(tmp_path))
 
 

@@ -226,7 +226,7 @@ STARTS = {
     **{case: BROKEN[case] for case in ("truncated", "empty", "NaN", "no offset", "no prompt")},
     "missing": (BROKEN["missing"][0], "has no adapter_model.safetensors. Load that adapter and save it again"),
     "pickle": (BROKEN["pickle"][0], "has no adapter_model.safetensors. Load that adapter and save it again"),
-    "another length": (_longer, f"`num_virtual_tokens` is {V}, and the prompt of .* has {V + 1} vectors"),
+    "another length": (_longer, f"`num_virtual_tokens` is {V}, and the prompt of .* has {V + 1} virtual tokens"),
     "LoRA": (_as_lora, "an adapter of type LORA. Prompts can start at those of PTUNING, PROMPT_TUNING, P_TUNING"),
     "no folder": (shutil.rmtree, "Can't find 'adapter_config.json'"),
     "another width": (lambda folder: None, r"'embedding' .* has shape \(5, 32\), expected \(5, 16\)"),
