@@ -20,7 +20,7 @@ from ..backbone import Backbone, find_backbone
 from ..config import PromptDepth, PTuningConfig
 from ..files.checkpoint import ENCODER_KEY, CheckpointSource, read_tensors, replacing, saved_name
 from ..forward.deep import measure
-from ..prompts.adapter import Adapter, find_adapter
+from ..prompts.adapter import Adapter, find_adapter, without_compilation
 from ..prompts.deep import LayerShape, shapes_of, without_batch
 from ..prompts.prompt import States
 from ..prompts.saved import STOCK_KEY, STOCK_TYPES, from_stock, stock_depth, stock_layer, stock_shape, to_stock
@@ -34,6 +34,9 @@ STOCK_DIFFERS: dict[str, str] = {
     "QUESTION_ANS": "its start and end logits are shifted by V",
     "FEATURE_EXTRACTION": "its hidden states begin with V that belong to no token",
 }
+
+# Sizes in a stock config, and what they are called in that of a model.
+SIZES = {"num_layers": "num_hidden_layers", "num_attention_heads": "num_attention_heads"}
 
 # Task types for which stock PEFT trains and loads a head beside the prompt.
 WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
@@ -104,13 +107,9 @@ def export_to_peft(
 
 def _input_table(adapter: Adapter) -> tuple[type[PeftConfig], torch.Tensor, dict[str, Optional[int]]]:
     """The kind of stock adapter that a prompt at the input becomes, its table (V, H), and the sizes in its config."""
-    prompt, sizes = adapter.prompt(), adapter.base_model.config.get_text_config()
-    names = ("num_layers", "num_hidden_layers"), ("num_attention_heads", "num_attention_heads")
-    return (
-        PromptTuningConfig,
-        prompt,
-        {"token_dim": prompt.shape[1], **{ours: getattr(sizes, theirs, None) for ours, theirs in names}},
-    )
+    prompt, config = adapter.prompt(), adapter.base_model.config.get_text_config()
+    sizes = {name: getattr(config, theirs, None) for name, theirs in SIZES.items()}
+    return PromptTuningConfig, prompt, {**sizes, "token_dim": prompt.shape[1]}
 
 
 def _deep_table(adapter: Adapter) -> tuple[type[PeftConfig], torch.Tensor, dict[str, Optional[int]]]:
@@ -177,7 +176,7 @@ def import_from_peft(
             f"{model_id} is an adapter of type {config.peft_type.value}. Those that can be taken over are "
             f"{', '.join(kind.value for kind in STOCK_TYPES)}."
         )
-    bare = base_model.get_base_model() if isinstance(base_model, PeftModel) else base_model
+    bare = without_compilation(base_model.get_base_model() if isinstance(base_model, PeftModel) else base_model)
     backbone = find_backbone(bare)
     own = PTuningConfig(
         task_type=config.task_type,

@@ -85,10 +85,11 @@ def find_adapter(model: nn.Module, adapter_name: Optional[str] = None) -> Adapte
     if layer is None:
         raise ValueError(f"This {type(model).__name__} has no P-tuning adapter of this package.")
     adapter_name = layer.named_or_active(adapter_name)
-    model = _without_compilation(model)
-    base_model = _without_compilation(model.get_base_model()) if isinstance(model, PeftModel) else model
+    model = without_compilation(model)
+    base_model = without_compilation(model.get_base_model()) if isinstance(model, PeftModel) else model
     return Adapter(adapter_name, model.peft_config[adapter_name], layer, base_model)
 
 
-def _without_compilation(model: nn.Module) -> nn.Module:
+def without_compilation(model: nn.Module) -> nn.Module:
+    """The model inside a compiled one."""
     return model._orig_mod if is_compiled_module(model) else model

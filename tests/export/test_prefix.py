@@ -119,6 +119,17 @@ def test_what_made_a_stock_prefix_does_not_matter(options, tmp_path) -> None:
     torch.testing.assert_close(out(model, batch), out(stock, batch), **ROUNDS)
 
 
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_compiled_model_takes_a_stock_prefix_and_gives_it_back(inside, tmp_path) -> None:
+    stock, batch = make_stock("Llama", "CAUSAL_LM"), make_batch("Llama", "CAUSAL_LM")
+    stock.save_pretrained(tmp_path)
+    base = make_model("Llama", "CAUSAL_LM")
+    model = import_from_peft(torch.compile(base, backend="eager") if inside else base, str(tmp_path))
+    torch.testing.assert_close(out(model, batch), out(stock, batch), **ROUNDS)
+    export_to_peft(model if inside else torch.compile(model, backend="eager"), tmp_path / "again")
+    assert (tmp_path / "again" / WEIGHTS).read_bytes() == (tmp_path / WEIGHTS).read_bytes()
+
+
 def test_a_cartridge_is_taken_over_and_trained_whole(tmp_path) -> None:
     stock = make_stock("Llama", "CAUSAL_LM", config_class=CartridgeConfig, num_frozen_tokens=2)
     stock.save_pretrained(tmp_path)
