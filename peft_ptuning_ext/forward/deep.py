@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from peft.utils.integrations import gather_params_ctx
@@ -208,7 +208,7 @@ def _in_evaluation(stack: nn.Module) -> Iterator[None]:
 
 
 def _fill_cache(stack: PreTrainedModel, backbone: Backbone, arguments: dict[str, Any]) -> States:
-    cache = DynamicCache(config=stack.config)
+    cache = DynamicCache()  # one that keeps what has left a window, too
     stack(**arguments, **{backbone.cache_name: cache, "use_cache": True})
     return {index: (layer.keys, layer.values) for index, layer in enumerate(cache.layers)}
 

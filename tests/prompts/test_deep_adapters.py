@@ -276,6 +276,7 @@ def test_threads_share_a_model(family: str, task: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute in the model")
 @torch.no_grad()
 def test_beside_a_lora_below() -> None:
     batch = make_batch("Llama", "CAUSAL_LM")
