@@ -182,7 +182,10 @@ def measure(
             return _fill_cache(stack, backbone, arguments), {}
         if backbone.deep_way == "projections":
             return projections.record(stack, arguments), {}
-        recording = _record(stack, arguments)
+        try:
+            recording = _record(stack, arguments)
+        except NotRecorded as reason:
+            raise _refusal(stack, str(reason)) from None
         return recording.states, recording.modules
 
 
@@ -221,10 +224,7 @@ def _record(stack: PreTrainedModel, arguments: dict[str, Any]) -> Recording:
         stack(**arguments, **{KEYWORD: recording})
     finally:
         config._attn_implementation = implementation
-    try:
-        check_recording(recording, config)
-    except NotRecorded as reason:
-        raise _refusal(stack, str(reason)) from None
+    check_recording(recording, config)
     return recording
 
 
@@ -243,10 +243,7 @@ def record_prompt(stack: PreTrainedModel, vectors: torch.Tensor) -> tuple[States
     """
     backbone = stack.ptuning.backbone
     if (reason := _why_not_apart(stack)) is not None:
-        raise ValueError(
-            f"In {type(stack).__name__}, the keys and values of a prompt at the input can't be computed apart from "
-            f"the text: {reason}."
-        )
+        raise _not_apart(stack, reason)
     # A copy of the prompt, because there are models that scale their embeddings in place.
     arguments = {"inputs_embeds": vectors[None].clone()}
     if "position_ids" in backbone.parameters:
@@ -254,8 +251,18 @@ def record_prompt(stack: PreTrainedModel, vectors: torch.Tensor) -> tuple[States
     with torch.no_grad(), _in_evaluation(stack), gather_params_ctx(stack.parameters()):
         if backbone.deep_way == "cache":
             return _fill_cache(stack, backbone, arguments), {}
-        recording = _record(stack, {**arguments, "use_cache": False})
+        try:
+            recording = _record(stack, {**arguments, "use_cache": False})
+        except NotRecorded as reason:
+            raise _not_apart(stack, str(reason)) from None
     return recording.states, recording.modules
+
+
+def _not_apart(stack: nn.Module, reason: str) -> ValueError:
+    return ValueError(
+        f"In {type(stack).__name__}, the keys and values of a prompt at the input can't be computed apart from the "
+        f"text: {reason}."
+    )
 
 
 def _why_not_apart(stack: PreTrainedModel) -> Optional[str]:

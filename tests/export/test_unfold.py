@@ -174,6 +174,15 @@ def test_keys_and_values_that_depend_on_the_text_are_refused(family, task) -> No
         assert torch.equal(model(**batch).logits, expected)
 
 
+def test_what_only_a_pass_of_the_prompt_finds_out_is_refused() -> None:
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "max_position_embeddings": 64}
+    base = tf.DiffLlamaForCausalLM(tf.DiffLlamaConfig(vocab_size=99, hidden_size=32, **sizes))
+    model = get_peft_model(base, make_config("CAUSAL_LM"))
+    with pytest.raises(ValueError, match="can't be computed apart from the text: its layers attend more than once"):
+        unfold_prompt(model)
+    assert model.peft_config["default"].prompt_depth == "INPUT"
+
+
 def make_mpt(**options) -> PeftModel:
     config = tf.MptConfig(d_model=32, n_heads=4, n_layers=2, vocab_size=99, max_seq_len=64)
     return get_peft_model(tf.MptForCausalLM(config), make_config("FEATURE_EXTRACTION", **options)).eval()
