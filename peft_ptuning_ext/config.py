@@ -104,8 +104,8 @@ class PTuningConfig(PeftConfig):
             three mean the keys and values that the model itself makes of tokens; `"ZERO_VALUES"` takes such keys at
             random and values of 0.
         prompt_tuning_init_adapter (`str` or `os.PathLike`, *optional*):
-            The adapter of `"ADAPTER"`, a folder or a repository on the Hub: one of this package, or a stock
-            `PROMPT_TUNING` or `P_TUNING` of PEFT. Its task may be another; nothing but its prompt is read. It must
+            The adapter of `"ADAPTER"`, a folder or a repository on the Hub: one of this package, or one of stock PEFT,
+            `PROMPT_TUNING` or `P_TUNING`, for a deep prompt `PREFIX_TUNING` or `CARTRIDGE`. Its task may be another; nothing but its prompt is read. It must
             have the same depth, and V virtual tokens of the model's sizes. Like the tokenizer, it is only used for a
             config that the caller has made: a config that comes from a file never makes anything fetch or read another
             adapter.

@@ -71,6 +71,7 @@ def check_adapter(
         _check_offloaded_embedding(model, backbone.embedding_path, config, is_in_peft_model)
     _check_names(adapter_names, backbone.embedding_path, config)
     _check_length(model, backbone, config)
+    _check_positions(model, backbone, config)
 
 
 def _check_task_type(model: nn.Module, task_type: Optional[str]) -> None:
@@ -149,6 +150,24 @@ def _check_length(model: nn.Module, backbone: Backbone, config: PTuningConfig) -
         raise ValueError(
             f"`num_virtual_tokens` is {length}, and {type(model).__name__} has {limit} positions for the "
             "prompt and the text together."
+        )
+
+
+def _check_positions(model: nn.Module, backbone: Backbone, config: PTuningConfig) -> None:
+    """Refuses to shift, or not to shift, the positions of a text of which the model is not told any."""
+    if not config.is_deep or "position_ids" in backbone.parameters or backbone.deep_way is None:
+        return
+    name = type(model).__name__
+    if backbone.deep_way != "cache" and config.shift_positions:
+        raise ValueError(
+            f"`shift_positions` is True, and {name} can't be told positions: it counts them by itself, from its first "
+            "one on. Leave `shift_positions` at False."
+        )
+    # Models without a table measure distances, which no shift changes.
+    if backbone.deep_way == "cache" and backbone.max_positions is not None and not config.shift_positions:
+        raise ValueError(
+            f"`shift_positions` is False, and {name} counts positions from behind the prompt in its cache. Pass "
+            "shift_positions=True."
         )
 
 

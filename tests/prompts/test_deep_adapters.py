@@ -322,6 +322,15 @@ def test_a_prompt_that_takes_positions_leaves_one_for_the_text() -> None:
     make_deep("GPT-2", "CAUSAL_LM", length=60)(**make_batch("GPT-2", "CAUSAL_LM"))
 
 
+def test_positions_that_a_model_is_not_told() -> None:
+    with pytest.raises(ValueError, match="`shift_positions` is True, and T5ForConditionalGeneration can't be told"):
+        make_deep("T5", "SEQ_2_SEQ_LM", shift_positions=True)
+    # Distances are what Bloom measures: no shift changes them.
+    batch = make_batch("Bloom", "CAUSAL_LM")
+    outputs = [main_output(make_deep("Bloom", "CAUSAL_LM", shift_positions=s)(**batch)) for s in (False, True)]
+    assert torch.equal(*outputs)
+
+
 def test_measuring_leaves_the_model_as_it_was() -> None:
     base = make_model("BERT", "SEQ_CLS").train()
     base.bert.encoder.layer[0].eval()
