@@ -14,6 +14,7 @@ from .monitor import PromptMonitor
 from .prompts.encoder import PromptEncoder
 from .prompts.layer import PTuningLayer
 from .registration import register
+from .templates.template import PromptTemplate
 from .tuner import PTuningModel
 
 
@@ -26,6 +27,7 @@ __all__ = [
     "PromptEncoder",
     "PromptEncoderType",
     "PromptMonitor",
+    "PromptTemplate",
     "export_standalone",
     "export_to_peft",
     "fold_prompt",

@@ -18,6 +18,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from .files.card import complete_card
 from .files.checkpoint import CheckpointSource, replacing, saved_vocabulary
 from .registration import PEFT_TYPE_NAME
+from .templates.template import PromptTemplate
 
 
 class PromptEncoderType(str, enum.Enum):
@@ -39,6 +40,8 @@ class AdapterInit(str, enum.Enum):
 DEFAULT_HIDDEN_SIZE = {PromptEncoderType.MLP: 128, PromptEncoderType.LSTM: 64, PromptEncoderType.RESIDUAL: 128}
 DEFAULT_NUM_LAYERS = {PromptEncoderType.MLP: 2, PromptEncoderType.LSTM: 2, PromptEncoderType.RESIDUAL: 1}
 
+DEFAULT_NUM_VIRTUAL_TOKENS = 20
+
 # Fields that are used with one start of the prompt only.
 INIT_FIELDS = {
     "prompt_tuning_init_text": PromptTuningInit.TEXT,
@@ -59,8 +62,8 @@ class PTuningConfig(PeftConfig):
     vectors without a network are those of Lester et al., 2021 (https://huggingface.co/papers/2104.08691).
 
     Args:
-        num_virtual_tokens (`int`, defaults to 20):
-            Number V of trainable vectors in front of the input embeddings; at least 1.
+        num_virtual_tokens (`int`, *optional*):
+            Number V of trainable vectors; at least 1. Defaults to 20, with a `prompt_template` to its number.
         encoder_reparameterization_type (`PromptEncoderType` or `str`, *optional*):
             What the trainable parameters go through to become the prompt. `"NONE"`: nothing, they are the prompt.
             `"MLP"`: a perceptron, as in PEFT. `"LSTM"`: a bidirectional LSTM and a perceptron, as in the P-tuning
@@ -100,6 +103,9 @@ class PTuningConfig(PeftConfig):
             adds ([`~peft.TrainableTokensConfig`], as in [`~peft.LoraConfig`]): a list for the model's input embedding,
             or lists by the name of the embedding module. What is tied to the input embedding follows it, unless
             `modules_to_save` names it.
+        prompt_template (`PromptTemplate` or `dict`, *optional*):
+            Where the vectors stand in a text, and what else stands there. The `input_ids` are then those that the
+            template has encoded, with a placeholder for each vector. By default the vectors are in front of all texts.
         task_type (`TaskType` or `str`, *optional*), inference_mode (`bool`, defaults to `False`):
             As in [`~peft.PeftConfig`]. With `inference_mode=True` the prompt is frozen. The task type decides how PEFT
             calls the model: a module that holds a transformers model and is none itself goes without.
@@ -109,7 +115,7 @@ class PTuningConfig(PeftConfig):
         TypeError: A value has the wrong type.
     """
 
-    num_virtual_tokens: int = field(default=20)
+    num_virtual_tokens: Optional[int] = field(default=None)
     encoder_reparameterization_type: Optional[Union[str, PromptEncoderType]] = field(default=None)
     encoder_hidden_size: Optional[int] = field(default=None)
     encoder_num_layers: Optional[int] = field(default=None)
@@ -120,6 +126,7 @@ class PTuningConfig(PeftConfig):
     modules_to_save: Optional[list[str]] = field(default=None)
     prompt_tuning_init_adapter: Optional[str] = field(default=None)
     trainable_token_indices: Optional[Union[list[int], dict[str, list[int]]]] = field(default=None)
+    prompt_template: Optional[PromptTemplate] = field(default=None)
 
     # Read by PEFT's injection on every config. They are no fields: which module is adapted follows from the model.
     target_modules = None
@@ -136,6 +143,7 @@ class PTuningConfig(PeftConfig):
         self.peft_type = PeftType(PEFT_TYPE_NAME)
         if not isinstance(self.inference_mode, bool):
             raise TypeError(f"`inference_mode` must be a bool, got {self.inference_mode!r}.")
+        self._resolve_template()
         _check_int("num_virtual_tokens", self.num_virtual_tokens)
         for name in ("base_model_name_or_path", "revision", "peft_version"):
             if not isinstance(getattr(self, name), (str, NoneType)):
@@ -146,6 +154,26 @@ class PTuningConfig(PeftConfig):
         check_token_indices(self.trainable_token_indices)
         self._resolve_encoder()
         self._check_init()
+
+    def _resolve_template(self) -> None:
+        template = self.prompt_template
+        if template is not None and not isinstance(template, PromptTemplate):
+            template = self.prompt_template = PromptTemplate.from_dict(template)
+        length = DEFAULT_NUM_VIRTUAL_TOKENS if template is None else template.num_virtual_tokens
+        if self.num_virtual_tokens is None:
+            self.num_virtual_tokens = length
+        if template is None:
+            return
+        if self.num_virtual_tokens != length:
+            raise ValueError(
+                f"`num_virtual_tokens` is {self.num_virtual_tokens!r}, and the slots of `prompt_template` have "
+                f"{length}. Leave `num_virtual_tokens` out."
+            )
+        if template.placeholder_id is None:
+            raise ValueError(
+                "`prompt_template` does not know the id of its placeholder yet, by which the model finds the slots. "
+                "Pass `template.for_tokenizer(tokenizer)`."
+            )
 
     def _check_modules_to_save(self) -> None:
         names = self.modules_to_save

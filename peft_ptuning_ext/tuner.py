@@ -125,11 +125,13 @@ class PTuningModel(BaseTuner):
 
     @property
     def prompt_route(self) -> str:
-        """How the prompt gets to the text: `"shared"`, or `"concatenated: "` and the reason.
+        """How the prompt gets to the text: `"shared"`, or `"concatenated: "` and the reason; `"in place"`: a template.
 
         A shared prompt is computed once for all rows of a batch. A single row that needs gradients is concatenated all
         the same, which is faster. Of some models, only the first call finds out that theirs can't be shared.
         """
+        if self._layer().placeholder_id is not None:
+            return "in place"
         reason = why_in_row(find_stack(self.model))
         return "shared" if reason is None else f"concatenated: {reason}"
 

@@ -70,6 +70,7 @@ def check_adapter(
         _check_offloaded_embedding(model, backbone.embedding_path, config, is_in_peft_model)
     _check_names(adapter_names, backbone.embedding_path, config)
     _check_length(model, backbone, config)
+    _check_template(model, backbone, config)
 
 
 def _check_task_type(model: nn.Module, task_type: Optional[str]) -> None:
@@ -147,6 +148,20 @@ def _check_length(model: nn.Module, backbone: Backbone, config: PTuningConfig) -
         raise ValueError(
             f"`num_virtual_tokens` is {length}, and {type(model).__name__} has {limit} positions for the "
             "prompt and the text together."
+        )
+
+
+def _check_template(model: nn.Module, backbone: Backbone, config: PTuningConfig) -> None:
+    """Refuses a placeholder that the model has no row for."""
+    if config.prompt_template is None:
+        return
+    table = model.get_submodule(backbone.embedding_path)
+    table = table.get_base_layer() if isinstance(table, PTuningLayer) else table
+    token_id, rows = config.prompt_template.placeholder_id, getattr(table, "num_embeddings", None)
+    if rows is not None and token_id >= rows:
+        raise ValueError(
+            f"The placeholder {config.prompt_template.placeholder!r} of `prompt_template` has id {token_id}, and "
+            f"{type(model).__name__} has {rows} embeddings. Call `resize_token_embeddings(len(tokenizer))` first."
         )
 
 

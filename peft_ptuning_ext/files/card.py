@@ -81,6 +81,8 @@ def fill_card(
         lines += [f"from peft import {auto_class}", "", f'model = {auto_class}.from_pretrained("{name}"{labels})']
     else:
         lines += ["from peft import PeftModel", "", f'model = PeftModel.from_pretrained(base_model, "{name}")']
+    if config.prompt_template is not None:
+        rows["template"] = f"`{config.prompt_template.text}`".replace("|", r"\|").replace("\n", r"\n")
     _, _, versions = card.text.partition(VERSIONS)
     card.text = "\n".join(
         [

@@ -27,6 +27,8 @@ class Prompt:
         states (`dict[int, tuple]`, *optional*): Its keys and values in every layer.
         places (`torch.Tensor`, *optional*):
             In a cache: the columns of the text that it stands before, (B, V); `None`: in front of all columns.
+        filled (`torch.Tensor`, *optional*):
+            In a cache of rows with a template: how many of the V vectors each row has so far, (B,); `None`: all.
     """
 
     names: tuple[str, ...]
@@ -34,3 +36,4 @@ class Prompt:
     vectors: Optional[torch.Tensor] = None
     states: Optional[States] = None
     places: Optional[torch.Tensor] = None
+    filled: Optional[torch.Tensor] = None
