@@ -14,6 +14,7 @@ from .monitor import PromptMonitor
 from .prompts.encoder import PromptEncoder
 from .prompts.layer import PTuningLayer
 from .registration import register
+from .templates.cloze import ClozeClassifier
 from .templates.template import PromptTemplate
 from .tuner import PTuningModel
 
@@ -21,6 +22,7 @@ from .tuner import PTuningModel
 __version__ = "0.2.0"
 
 __all__ = [
+    "ClozeClassifier",
     "PTuningConfig",
     "PTuningLayer",
     "PTuningModel",

@@ -10,7 +10,7 @@ import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType
-from typing import Optional, Union
+from typing import Any, Optional, Union
 
 from peft import PeftConfig, PeftType, PromptTuningInit
 from transformers import AutoConfig, PreTrainedTokenizerBase
@@ -18,6 +18,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from .files.card import complete_card
 from .files.checkpoint import CheckpointSource, replacing, saved_vocabulary
 from .registration import PEFT_TYPE_NAME
+from .templates.cloze import check_settings
 from .templates.template import PromptTemplate
 
 
@@ -106,6 +107,8 @@ class PTuningConfig(PeftConfig):
         prompt_template (`PromptTemplate` or `dict`, *optional*):
             Where the vectors stand in a text, and what else stands there. The `input_ids` are then those that the
             template has encoded, with a placeholder for each vector. By default the vectors are in front of all texts.
+        cloze (`dict`, *optional*):
+            The words of the [`ClozeClassifier`] that the adapter is on. It is filled in when the adapter is added.
         task_type (`TaskType` or `str`, *optional*), inference_mode (`bool`, defaults to `False`):
             As in [`~peft.PeftConfig`]. With `inference_mode=True` the prompt is frozen. The task type decides how PEFT
             calls the model: a module that holds a transformers model and is none itself goes without.
@@ -127,6 +130,7 @@ class PTuningConfig(PeftConfig):
     prompt_tuning_init_adapter: Optional[str] = field(default=None)
     trainable_token_indices: Optional[Union[list[int], dict[str, list[int]]]] = field(default=None)
     prompt_template: Optional[PromptTemplate] = field(default=None)
+    cloze: Optional[dict[str, Any]] = field(default=None)
 
     # Read by PEFT's injection on every config. They are no fields: which module is adapted follows from the model.
     target_modules = None
@@ -152,6 +156,8 @@ class PTuningConfig(PeftConfig):
             raise TypeError(f"`auto_mapping` must be a dict, got {self.auto_mapping!r}.")
         self._check_modules_to_save()
         check_token_indices(self.trainable_token_indices)
+        if self.cloze is not None:
+            check_settings(self.cloze)
         self._resolve_encoder()
         self._check_init()
 

@@ -206,6 +206,7 @@ class PTuningModel(BaseTuner):
         backbone = self._backbone = find_backbone(model)
         check_adapter(model, backbone, peft_config, self.peft_config, self._is_in_peft_model)
         rows = token_rows(model, backbone.embedding_path, self._token_indices, peft_config.modules_to_save or ())
+        peft_config.cloze = getattr(model, "cloze_settings", None)
         self._start = None
         if peft_config.prompt_tuning_init == AdapterInit.ADAPTER and not peft_config._from_file:
             folder, length = peft_config.prompt_tuning_init_adapter, peft_config.num_virtual_tokens

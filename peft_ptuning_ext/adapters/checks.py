@@ -71,6 +71,7 @@ def check_adapter(
     _check_names(adapter_names, backbone.embedding_path, config)
     _check_length(model, backbone, config)
     _check_template(model, backbone, config)
+    _check_cloze(model, config)
 
 
 def _check_task_type(model: nn.Module, task_type: Optional[str]) -> None:
@@ -162,6 +163,16 @@ def _check_template(model: nn.Module, backbone: Backbone, config: PTuningConfig)
         raise ValueError(
             f"The placeholder {config.prompt_template.placeholder!r} of `prompt_template` has id {token_id}, and "
             f"{type(model).__name__} has {rows} embeddings. Call `resize_token_embeddings(len(tokenizer))` first."
+        )
+
+
+def _check_cloze(model: nn.Module, config: PTuningConfig) -> None:
+    """Refuses an adapter for label words that this model does not have."""
+    found = getattr(model, "cloze_settings", None)
+    if config.cloze is not None and config.cloze != found:
+        raise ValueError(
+            f"The adapter was trained on a ClozeClassifier with {config.cloze}, and {type(model).__name__} has "
+            f"{found}. Load it with `ClozeClassifier.from_pretrained(language_model, tokenizer, folder)`."
         )
 
 

@@ -81,6 +81,9 @@ def fill_card(
         lines += [f"from peft import {auto_class}", "", f'model = {auto_class}.from_pretrained("{name}"{labels})']
     else:
         lines += ["from peft import PeftModel", "", f'model = PeftModel.from_pretrained(base_model, "{name}")']
+    if config.cloze is not None:
+        lines = ["from peft_ptuning_ext import ClozeClassifier", ""]
+        lines += [f'model = ClozeClassifier.from_pretrained(language_model, tokenizer, "{name}")']
     if config.prompt_template is not None:
         rows["template"] = f"`{config.prompt_template.text}`".replace("|", r"\|").replace("\n", r"\n")
     _, _, versions = card.text.partition(VERSIONS)

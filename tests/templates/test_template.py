@@ -122,6 +122,92 @@ def test_columns_are_cut_in_their_order() -> None:
         PromptTemplate(TEXT).encode(short, ROW)
 
 
+def test_nothing_is_cut_that_would_fit() -> None:
+    tokenizer, row = bert(), {"a": "a b c d e f g", "b": "h i j"}
+    template = PromptTemplate("{a} {prompt:2} {b}", shortenable=["a", "b"])
+    for length in range(4, 15):
+        ids = template.encode(tokenizer, row, max_length=length)["input_ids"]
+        assert len(ids) == min(length, 14)  # every letter is a token
+    with pytest.raises(ValueError, match="What is fixed in the template is 4 tokens long, 2 of them virtual"):
+        template.encode(tokenizer, row, max_length=3)
+
+
+# The templates of the few-shot code of "GPT Understands, Too" (https://github.com/THUDM/P-tuning, PT-Fewshot, patterns
+# 1 to 4). There a text is a list of parts, tokenized one by one; parts with the flag 1 are the words "the", whose
+# embeddings are replaced by trained ones.
+THE = object()
+MASK = "[MASK]"
+PAPER = {
+    "RTE": (
+        "{premise} Question: {hypothesis}? {prompt} Answer: {mask}.",
+        ["premise", "Question:", "hypothesis", "?", THE, "Answer:", MASK, "."],
+    ),
+    "CB": (
+        "{premise} [SEP] {hypothesis}? {prompt} answer: {mask}",
+        ["premise", "[SEP]", "hypothesis", "?", THE, " answer: ", MASK],
+    ),
+    "COPA, cause": (
+        "{choice1} or {choice2}? {premise} because {prompt} {mask}.",
+        ["choice1", "or", "choice2", "?", "premise", "because", THE, MASK * 3, "."],
+    ),
+    "COPA, effect": (
+        "{choice1} or {choice2}? {premise} so {prompt} {mask}.",
+        ["choice1", "or", "choice2", "?", "premise", "so", THE, MASK * 3, "."],
+    ),
+    "WSC": (
+        "{text} {prompt} pronoun '*{pronoun}*' refers to {mask}.",
+        ["text", THE, "pronoun '*", "pronoun", "*' refers to", MASK * 3 + "."],
+    ),
+    "WSC, 2": (
+        "{prompt} {text} {prompt} pronoun '*{pronoun}*' refers to {mask}.",
+        [THE, "text", THE, "pronoun '*", "pronoun", "*' refers to", MASK * 3 + "."],
+    ),
+    "BoolQ": (
+        "{passage}. {prompt} Question: {question}? Answer: {mask}.",
+        ["passage", ".", THE, " Question: ", "question", "? Answer: ", MASK, "."],
+    ),
+    "MultiRC": (
+        "{passage}. Question: {question}? Is it {answer}? {prompt} {mask}.",
+        ["passage", ". Question: ", "question", "? Is it ", "answer", "?", THE, MASK, "."],
+    ),
+    "WiC": (
+        "{text1} [SEP] {text2} {prompt} *{word} *? {mask}",
+        ["text1", "[SEP]", "text2", THE, "*", "word", " *?", MASK],
+    ),
+    "WiC, 2": (
+        "{text1} [SEP] {text2} {prompt} *{word} *? {prompt} {mask}",
+        ["text1", "[SEP]", "text2", THE, "*", "word", " *?", THE, MASK],
+    ),
+    "WiC, 3": (
+        "{prompt} {text1} [SEP] {text2} {prompt} *{word} *? {prompt} {mask}",
+        [THE, "text1", "[SEP]", "text2", THE, "*", "word", " *?", THE, MASK],
+    ),
+    "WiC, 4": (
+        "{prompt} {text1} [SEP] {text2} {prompt} *{word} *? {prompt} {mask} {prompt}",
+        [THE, "text1", "[SEP]", "text2", THE, "*", "word", " *?", THE, MASK, THE],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_templates_of_the_paper(name: str) -> None:
+    text, parts = PAPER[name]
+    tokenizer = bert("question", "answer", "is", "it", "or", "because", "so", "pronoun", "refers", "to")
+    template = PromptTemplate(text).for_tokenizer(tokenizer)
+    row = {column: f"the {column}'s value" for column in template.columns}
+    expected = [tokenizer.cls_token_id]
+    for part in parts:
+        if part is THE:
+            expected.append(template.placeholder_id)
+        else:
+            expected += tokenizer(row.get(part, part), add_special_tokens=False)["input_ids"]
+    expected.append(tokenizer.sep_token_id)
+    num_masks = 3 if MASK * 3 in "".join(part for part in parts if part is not THE) else 1
+    encoded = template.map_function(tokenizer, num_masks=num_masks)({key: [value] for key, value in row.items()})
+    assert encoded["input_ids"] == [expected]
+    assert expected.count(template.placeholder_id) == template.num_virtual_tokens == parts.count(THE)
+
+
 def test_map_of_a_data_set_trains_a_model() -> None:
     tokenizer = with_slot("BERT", padding_side="right")
     template = PromptTemplate("{text} {prompt:3} It is {prompt:2}", shortenable=["text"]).for_tokenizer(tokenizer)
