@@ -17,6 +17,7 @@ from functools import cached_property
 from types import NoneType
 from typing import Any, NoReturn, Optional
 
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AddedToken, PreTrainedTokenizerBase
 
 
@@ -41,6 +42,10 @@ RESERVED = [
         r"<extra_id_([0-9]+)>",
     )
 ]
+# The token of byte 255 in a vocabulary that has all bytes. UTF-8 never has this byte, so no text yields the token.
+UNREACHABLE = "ÿ"
+# Stands for a slot in a text, where the tokenizer does not find the placeholder in one.
+MARKER = "<|slot of a prompt template|>"
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 # Tokenizers without a limit have a model_max_length of 1e30.
@@ -264,7 +269,7 @@ class RowEncoder:
             if value is not None and (type(value) is not int or value < 1):
                 raise ValueError(f"`{name}` must be an int of at least 1, got {value!r}.")
         self.template = template
-        self.tokenizer = _with_added(tokenizer, template.placeholder)
+        self.tokenizer, self.slot = _find_in_texts(tokenizer, template.placeholder)
         self.max_length = min(max_length or NO_LIMIT, tokenizer.model_max_length)
         self.counts = {template.placeholder_id: template.num_virtual_tokens}
         self.mask = ""
@@ -301,19 +306,23 @@ class RowEncoder:
         return encoded
 
     def render(self, row: Mapping[str, Any]) -> str:
-        """Returns a row as a text with the names of placeholder and mask."""
+        """Returns a row as a text in which slots and masks are tokens that [`RowEncoder.tokenizer`] finds."""
         row = _as_texts({name: row[name] for name in self.template.columns}, "The row")
         text = ""
         for kind, value in self.template.parts:
             if kind in ("prompt", "mask"):
-                text = text.rstrip(" ") + (self.template.placeholder * value if kind == "prompt" else self.mask)
+                text = text.rstrip(" ") + (self.slot * value if kind == "prompt" else self.mask)
             else:
                 text += row[value] if kind == "column" else value
         # Where a mask is nothing, it ends the text; spaces behind it would be tokens.
         return text.rstrip(" ") if self.template.has_mask and not self.mask else text
 
     def _tokenize(self, rows: list[dict[str, str]]) -> dict[str, list[list[int]]]:
-        return dict(self.tokenizer([self.render(row) for row in rows], truncation=False, verbose=False))
+        encoded = dict(self.tokenizer([self.render(row) for row in rows], truncation=False, verbose=False))
+        slot, placeholder = self.tokenizer.convert_tokens_to_ids(self.slot), self.template.placeholder_id
+        if slot != placeholder:
+            encoded["input_ids"] = [[placeholder if i == slot else i for i in ids] for ids in encoded["input_ids"]]
+        return encoded
 
     def _cut(self, row: dict[str, str], where: str) -> dict[str, str]:
         """The row with the columns that may be cut as long as they can be."""
@@ -343,11 +352,8 @@ class RowEncoder:
             if (found := ids.count(token_id)) == expected:
                 continue
             token = self.tokenizer.convert_ids_to_tokens(token_id)
-            names = [
-                name
-                for name, value in row.items()
-                if token_id in self.tokenizer(value, add_special_tokens=False, verbose=False)["input_ids"]
-            ]
+            written = {token, self.slot} if token_id == self.template.placeholder_id else {token}
+            names = [name for name, value in row.items() if written & set(self.tokenizer.tokenize(value))]
             culprit = f"column {names[0]!r} holds {token!r}, which" if names else f"{token!r}"
             raise ValueError(
                 f"{where}: {culprit} stands for a slot or mask of the template. It is there {found} times, and the "
@@ -393,6 +399,8 @@ def _find_reserved(tokenizer: PreTrainedTokenizerBase) -> str:
     for pattern in RESERVED:
         if found := [match for match in map(pattern.fullmatch, vocabulary) if match]:
             return max(found, key=lambda match: int(match[1]))[0]
+    if set(ByteLevel.alphabet()) <= vocabulary.keys():
+        return UNREACHABLE
     raise ValueError(
         f"The vocabulary of this {type(tokenizer).__name__} has no reserved token such as [unused1] for the slots of "
         f"a template. Name a token that texts do not have: `placeholder=...`. {_how_to_add('<prompt>')} And where the "
@@ -407,13 +415,13 @@ def _how_to_add(name: str) -> str:
     )
 
 
-def _with_added(tokenizer: PreTrainedTokenizerBase, name: str) -> PreTrainedTokenizerBase:
-    """A tokenizer that finds a token of its vocabulary in a text: itself, or a copy that was told to."""
+def _find_in_texts(tokenizer: PreTrainedTokenizerBase, name: str) -> tuple[PreTrainedTokenizerBase, str]:
+    """A tokenizer that finds slots in a text, and what a slot is there: the token itself, or else a marker."""
     if name in tokenizer.get_added_vocab():
-        return tokenizer
+        return tokenizer, name
     told = copy.deepcopy(tokenizer)
-    told.add_tokens([AddedToken(name, special=True, normalized=False)], special_tokens=True)
-    return told
+    told.add_tokens([AddedToken(MARKER, special=True, normalized=False)], special_tokens=True)
+    return told, MARKER
 
 
 def _as_texts(row: Mapping[str, Any], where: str) -> dict[str, str]:

@@ -17,6 +17,7 @@ from tiny_tokenizers import CHAT, KINDS, make_tokenizer
 from transformers import AddedToken, BertTokenizer, DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from peft_ptuning_ext import PromptTemplate, PTuningConfig
+from peft_ptuning_ext.templates.template import MARKER
 
 
 TEXT = "{premise} {prompt:2} Question: {hypothesis}? {prompt} Answer: {mask}."
@@ -74,14 +75,26 @@ def test_a_token_that_the_tokenizer_finds_in_no_text() -> None:
     found = template.encode(tokenizer, {"a": "bird", "b": 7})
     pieces = tokenizer.convert_ids_to_tokens(found["input_ids"])
     assert pieces[:5] == ["[CLS]", "bird", "[unused12]", "[unused12]", "question"]
+    pieces = tokenizer.convert_ids_to_tokens(template.encode(tokenizer, {"a": "[unused12]", "b": ""})["input_ids"])
+    assert pieces[1:8] == ["[", "unused", "##12", "]", "[unused12]", "[unused12]", "question"]  # in data it is text
     with pytest.raises(ValueError, match=r"Row 0: column 'b' holds '\[unused12\]'"):
-        template.encode(tokenizer, {"a": "bird", "b": "[unused12]"})
+        template.encode(tokenizer, {"a": "bird", "b": MARKER})
+    assert MARKER not in tokenizer.get_vocab()
     assert set(found) == set(tokenizer("a"))
     assert "[unused12]" not in tokenizer.get_added_vocab()
     with pytest.raises(ValueError, match=r"does not find it in a text.*additional_special_tokens.*id stays the same"):
         template.render(tokenizer, {"a": "bird", "b": "bird"})
     tokenizer.add_tokens([AddedToken("[unused12]", special=True)], special_tokens=True)
     assert template.render(tokenizer, {"a": "a", "b": "b"}) == "a[unused12][unused12] question: b"
+
+
+def test_a_byte_that_no_text_has() -> None:
+    tokenizer = make_tokenizer("GPT-2")
+    template = PromptTemplate("{a} {prompt:2} It is {b}").for_tokenizer(tokenizer)
+    assert template.placeholder == "ÿ"
+    ids = template.encode(tokenizer, {"a": "L'Haÿ", "b": "ÿ"})["input_ids"]
+    first = ids.index(template.placeholder_id)
+    assert tokenizer.decode(ids[:first] + ids[first + 2 :]) == "L'Haÿ It is ÿ"
 
 
 def test_a_message_of_a_chat() -> None:
@@ -299,7 +312,8 @@ def test_values_that_are_refused(options: dict, error: type, message: str) -> No
 
 
 def test_what_a_tokenizer_can_not_do() -> None:
-    plain, tokenizer = make_tokenizer("GPT-2"), with_slot("GPT-2")
+    plain, tokenizer = make_tokenizer("BERT"), with_slot("GPT-2")
+    before = plain.get_vocab()
     with pytest.raises(ValueError, match="no reserved token such as .*`placeholder=...`.*add_special_tokens.*resize"):
         PromptTemplate("{prompt}").for_tokenizer(plain)
     with pytest.raises(ValueError, match="must be one token of the vocabulary.*makes [2-9] tokens of '<slot>'"):
@@ -315,7 +329,7 @@ def test_what_a_tokenizer_can_not_do() -> None:
     for name, value in {"max_length": 0, "num_masks": "2"}.items():
         with pytest.raises(ValueError, match=f"`{name}` must be an int of at least 1"):
             PromptTemplate("{prompt}").map_function(tokenizer, **{name: value})
-    assert plain.get_vocab() == make_tokenizer("GPT-2").get_vocab()
+    assert plain.get_vocab() == before
 
 
 def test_rows_that_are_refused() -> None:
