@@ -136,11 +136,11 @@ def test_columns_are_cut_in_their_order() -> None:
 
 
 def test_nothing_is_cut_that_would_fit() -> None:
-    tokenizer, row = bert(), {"a": "a b c d e f g", "b": "h i j"}
+    tokenizer, row = bert(), {"a": ".:'*,-?", "b": "?.:"}
     template = PromptTemplate("{a} {prompt:2} {b}", shortenable=["a", "b"])
     for length in range(4, 15):
         ids = template.encode(tokenizer, row, max_length=length)["input_ids"]
-        assert len(ids) == min(length, 14)  # every letter is a token
+        assert len(ids) == min(length, 14)  # every character is a token
     with pytest.raises(ValueError, match="What is fixed in the template is 4 tokens long, 2 of them virtual"):
         template.encode(tokenizer, row, max_length=3)
 
