@@ -14,18 +14,22 @@ from .monitor import PromptMonitor
 from .prompts.encoder import PromptEncoder
 from .prompts.layer import PTuningLayer
 from .registration import register
+from .templates.cloze import ClozeClassifier
+from .templates.template import PromptTemplate
 from .tuner import PTuningModel
 
 
 __version__ = "0.2.0"
 
 __all__ = [
+    "ClozeClassifier",
     "PTuningConfig",
     "PTuningLayer",
     "PTuningModel",
     "PromptEncoder",
     "PromptEncoderType",
     "PromptMonitor",
+    "PromptTemplate",
     "export_standalone",
     "export_to_peft",
     "fold_prompt",

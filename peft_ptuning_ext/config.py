@@ -10,7 +10,7 @@ import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType
-from typing import Optional, Union
+from typing import Any, Optional, Union
 
 from peft import PeftConfig, PeftType, PromptTuningInit
 from transformers import AutoConfig, PreTrainedTokenizerBase
@@ -18,6 +18,8 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from .files.card import complete_card
 from .files.checkpoint import CheckpointSource, replacing, saved_vocabulary
 from .registration import PEFT_TYPE_NAME
+from .templates.cloze import check_settings
+from .templates.template import PromptTemplate
 
 
 class PromptEncoderType(str, enum.Enum):
@@ -47,6 +49,8 @@ class PromptInit(str, enum.Enum):
 DEFAULT_HIDDEN_SIZE = {PromptEncoderType.MLP: 128, PromptEncoderType.LSTM: 64, PromptEncoderType.RESIDUAL: 128}
 DEFAULT_NUM_LAYERS = {PromptEncoderType.MLP: 2, PromptEncoderType.LSTM: 2, PromptEncoderType.RESIDUAL: 1}
 
+DEFAULT_NUM_VIRTUAL_TOKENS = 20
+
 # What can make the keys and values of a deep prompt.
 DEEP_ENCODER_TYPES = (PromptEncoderType.NONE, PromptEncoderType.MLP)
 
@@ -71,8 +75,8 @@ class PTuningConfig(PeftConfig):
     are those of "P-Tuning v2" (Liu et al., 2022, https://huggingface.co/papers/2110.07602).
 
     Args:
-        num_virtual_tokens (`int`, defaults to 20):
-            Number V of virtual tokens; at least 1.
+        num_virtual_tokens (`int`, *optional*):
+            Number V of trainable vectors; at least 1. Defaults to 20, with a `prompt_template` to its number.
         prompt_depth (`PromptDepth` or `str`, defaults to `"INPUT"`):
             `"INPUT"`: V trainable vectors in front of the input embeddings. `"DEEP"`: V trainable keys and values in
             front of those of the text, in the attention of every layer.
@@ -105,10 +109,10 @@ class PTuningConfig(PeftConfig):
             random and values of 0.
         prompt_tuning_init_adapter (`str` or `os.PathLike`, *optional*):
             The adapter of `"ADAPTER"`, a folder or a repository on the Hub: one of this package, or one of stock PEFT,
-            `PROMPT_TUNING` or `P_TUNING`, for a deep prompt `PREFIX_TUNING` or `CARTRIDGE`. Its task may be another; nothing but its prompt is read. It must
-            have the same depth, and V virtual tokens of the model's sizes. Like the tokenizer, it is only used for a
-            config that the caller has made: a config that comes from a file never makes anything fetch or read another
-            adapter.
+            `PROMPT_TUNING` or `P_TUNING`, for a deep prompt `PREFIX_TUNING` or `CARTRIDGE`. Its task may be another;
+            nothing but its prompt is read. It must have the same depth, and V virtual tokens of the model's sizes.
+            Like the tokenizer, it is only used for a config that the caller has made: a config that comes from a file
+            never makes anything fetch or read another adapter.
         prompt_tuning_init_text (`str`, *optional*):
             The text of `"TEXT"`.
         tokenizer_name_or_path (`str` or [`~transformers.PreTrainedTokenizerBase`], *optional*):
@@ -123,6 +127,11 @@ class PTuningConfig(PeftConfig):
             adds ([`~peft.TrainableTokensConfig`], as in [`~peft.LoraConfig`]): a list for the model's input embedding,
             or lists by the name of the embedding module. What is tied to the input embedding follows it, unless
             `modules_to_save` names it.
+        prompt_template (`PromptTemplate` or `dict`, *optional*):
+            Where the vectors stand in a text, and what else stands there. The `input_ids` are then those that the
+            template has encoded, with a placeholder for each vector. By default the vectors are in front of all texts.
+        cloze (`dict`, *optional*):
+            The words of the [`ClozeClassifier`] that the adapter is on. It is filled in when the adapter is added.
         task_type (`TaskType` or `str`, *optional*), inference_mode (`bool`, defaults to `False`):
             As in [`~peft.PeftConfig`]. With `inference_mode=True` the prompt is frozen. The task type decides how PEFT
             calls the model: a module that holds a transformers model and is none itself goes without.
@@ -132,7 +141,7 @@ class PTuningConfig(PeftConfig):
         TypeError: A value has the wrong type.
     """
 
-    num_virtual_tokens: int = field(default=20)
+    num_virtual_tokens: Optional[int] = field(default=None)
     encoder_reparameterization_type: Optional[Union[str, PromptEncoderType]] = field(default=None)
     encoder_hidden_size: Optional[int] = field(default=None)
     encoder_num_layers: Optional[int] = field(default=None)
@@ -145,6 +154,8 @@ class PTuningConfig(PeftConfig):
     trainable_token_indices: Optional[Union[list[int], dict[str, list[int]]]] = field(default=None)
     prompt_depth: Union[str, PromptDepth] = field(default=PromptDepth.INPUT)
     shift_positions: bool = field(default=False)
+    prompt_template: Optional[PromptTemplate] = field(default=None)
+    cloze: Optional[dict[str, Any]] = field(default=None)
 
     # Read by PEFT's injection on every config. They are no fields: which module is adapted follows from the model.
     target_modules = None
@@ -168,6 +179,7 @@ class PTuningConfig(PeftConfig):
                 "`shift_positions` is only used with prompt_depth='DEEP'. In front of the input embeddings, a prompt "
                 "always takes V positions."
             )
+        self._resolve_template()
         _check_int("num_virtual_tokens", self.num_virtual_tokens)
         for name in ("base_model_name_or_path", "revision", "peft_version"):
             if not isinstance(getattr(self, name), (str, NoneType)):
@@ -176,6 +188,8 @@ class PTuningConfig(PeftConfig):
             raise TypeError(f"`auto_mapping` must be a dict, got {self.auto_mapping!r}.")
         self._check_modules_to_save()
         check_token_indices(self.trainable_token_indices)
+        if self.cloze is not None:
+            check_settings(self.cloze)
         self._resolve_encoder()
         self._check_init()
 
@@ -183,6 +197,31 @@ class PTuningConfig(PeftConfig):
     def is_deep(self) -> bool:
         """Whether the prompt stands in every layer."""
         return self.prompt_depth is PromptDepth.DEEP
+
+    def _resolve_template(self) -> None:
+        template = self.prompt_template
+        if template is not None and not isinstance(template, PromptTemplate):
+            template = self.prompt_template = PromptTemplate.from_dict(template)
+        length = DEFAULT_NUM_VIRTUAL_TOKENS if template is None else template.num_virtual_tokens
+        if self.num_virtual_tokens is None:
+            self.num_virtual_tokens = length
+        if template is None:
+            return
+        if self.num_virtual_tokens != length:
+            raise ValueError(
+                f"`num_virtual_tokens` is {self.num_virtual_tokens!r}, and the slots of `prompt_template` have "
+                f"{length}. Leave `num_virtual_tokens` out."
+            )
+        if self.is_deep:
+            raise ValueError(
+                "`prompt_template` puts vectors among the input embeddings, and prompt_depth='DEEP' has none: its "
+                "keys and values stand in every layer. Leave one of the two out."
+            )
+        if template.placeholder_id is None:
+            raise ValueError(
+                "`prompt_template` does not know the id of its placeholder yet, by which the model finds the slots. "
+                "Pass `template.for_tokenizer(tokenizer)`."
+            )
 
     def _check_modules_to_save(self) -> None:
         names = self.modules_to_save

@@ -154,12 +154,15 @@ class PTuningModel(BaseTuner):
 
     @property
     def prompt_route(self) -> str:
-        """How the prompt gets to the text: `"shared"`, or `"concatenated: "` and the reason; `"deep"` in every layer.
+        """How the prompt gets to the text: `"shared"`, `"concatenated: "` and the reason, `"deep"`, or `"in place"`.
 
         A shared prompt is computed once for all rows of a batch. A single row that needs gradients is concatenated all
-        the same, which is faster. Of some models, only the first call finds out that theirs can't be shared.
+        the same, which is faster. Of some models, only the first call finds out that theirs can't be shared. A deep
+        prompt stands in every layer. One with a template stands where the placeholders are in the ids.
         """
         layer = self._layer()
+        if layer.placeholder_id is not None:
+            return "in place"
         if any(layer.is_deep(name) for name in layer.active_adapters):
             return "deep"
         reason = why_in_row(find_stack(self.model))
@@ -242,6 +245,7 @@ class PTuningModel(BaseTuner):
         shapes = None if self._deep is None else self._deep.shapes
         if peft_config.prompt_tuning_init == PromptInit.ADAPTER and not peft_config._from_file:
             self._start = load_prompt(peft_config, backbone.width, shapes)
+        peft_config.cloze = getattr(model, "cloze_settings", None)
         source, peft_config._source = peft_config._source, None
         if source is not None:
             check_weights(source, model, backbone, peft_config, rows, shapes)

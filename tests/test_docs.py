@@ -100,6 +100,10 @@ longer = transformers.AutoTokenizer.from_pretrained("standalone")("Once", return
 found = served(**longer).logits[:, 20:, : model.config.vocab_size]
 torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 assert embeds.shape == (20 + ids.shape[1], 32)
+assert templated.prompt_route == "in place" and answer_ids.shape[1] == pair_ids.shape[1] + 4
+assert rows[1]["input_ids"].count(template.placeholder_id) == 7
+assert again_template == template and cloze_loss.isfinite()
+torch.testing.assert_close(again(**batch).logits, cloze.eval()(**batch).logits)
 """,
 }
 CHECKS["README.zh.md"] = CHECKS["README.md"]

@@ -98,7 +98,7 @@ def test_importing_brings_little_along() -> None:
 
 
 FLOORS = [
-    ["backbone", "registration", "files"],
+    ["backbone", "registration", "files", "templates"],
     ["config"],
     ["prompts"],
     ["forward", "monitor"],

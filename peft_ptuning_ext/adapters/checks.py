@@ -72,6 +72,8 @@ def check_adapter(
     _check_names(adapter_names, backbone.embedding_path, config)
     _check_length(model, backbone, config)
     _check_positions(model, backbone, config)
+    _check_template(model, backbone, config)
+    _check_cloze(model, config)
 
 
 def _check_task_type(model: nn.Module, task_type: Optional[str]) -> None:
@@ -168,6 +170,30 @@ def _check_positions(model: nn.Module, backbone: Backbone, config: PTuningConfig
         raise ValueError(
             f"`shift_positions` is False, and {name} counts positions from behind the prompt in its cache. Pass "
             "shift_positions=True."
+        )
+
+
+def _check_template(model: nn.Module, backbone: Backbone, config: PTuningConfig) -> None:
+    """Refuses a placeholder that the model has no row for."""
+    if config.prompt_template is None:
+        return
+    table = model.get_submodule(backbone.embedding_path)
+    table = table.get_base_layer() if isinstance(table, PTuningLayer) else table
+    token_id, rows = config.prompt_template.placeholder_id, getattr(table, "num_embeddings", None)
+    if rows is not None and token_id >= rows:
+        raise ValueError(
+            f"The placeholder {config.prompt_template.placeholder!r} of `prompt_template` has id {token_id}, and "
+            f"{type(model).__name__} has {rows} embeddings. Call `resize_token_embeddings(len(tokenizer))` first."
+        )
+
+
+def _check_cloze(model: nn.Module, config: PTuningConfig) -> None:
+    """Refuses an adapter for label words that this model does not have."""
+    found = getattr(model, "cloze_settings", None)
+    if config.cloze is not None and config.cloze != found:
+        raise ValueError(
+            f"The adapter was trained on a ClozeClassifier with {config.cloze}, and {type(model).__name__} has "
+            f"{found}. Load it with `ClozeClassifier.from_pretrained(language_model, tokenizer, folder)`."
         )
 
 

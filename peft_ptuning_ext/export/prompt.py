@@ -110,12 +110,13 @@ def to_prompt_embeds(model: nn.Module, input_ids: torch.Tensor, adapter_name: Op
         adapter_name (`str`, *optional*): Which adapter; by default the active one.
 
     Returns:
-        `torch.Tensor`: shape (V + S, H), in the dtype and on the device of the model's embeddings.
+        `torch.Tensor`: shape (V + S, H), in the dtype and on the device of the model's embeddings. With a prompt
+        template the virtual tokens are among the S, and the shape is (S, H).
 
     Raises:
         ValueError:
-            There is no such adapter, its prompt is deep, `input_ids` is not one text, or adapters train rows of the
-            vocabulary and this one is not active.
+            There is no such adapter, its prompt is deep, `input_ids` is not one text or has not the V placeholders of
+            a template, or adapters train rows of the vocabulary and this one is not active.
     """
     adapter = find_adapter(model, adapter_name)
     if adapter.is_deep:
@@ -137,4 +138,13 @@ def to_prompt_embeds(model: nn.Module, input_ids: torch.Tensor, adapter_name: Op
             "with `set_adapter` first."
         )
     embeds = adapter.layer.look_up(input_ids.to(adapter.layer.weight.device))
-    return torch.cat([adapter.prompt().to(embeds), embeds])
+    prompt, template = adapter.prompt().to(embeds), adapter.config.prompt_template
+    if template is None:
+        return torch.cat([prompt, embeds])
+    slots = (input_ids == template.placeholder_id).to(embeds.device)
+    if (found := int(slots.sum())) != len(prompt):
+        raise ValueError(
+            f"`input_ids` has {found} tokens with the placeholder's id, and the prompt template has {len(prompt)}. "
+            "Encode the text with the template."
+        )
+    return embeds.masked_scatter(slots[:, None], prompt)

@@ -65,10 +65,10 @@ def export_standalone(
 
     Raises:
         ValueError:
-            The prompt is deep, the model reads the prompt's positions outside the backbone (a pooled first token,
-            say), its weights are quantized, the adapter trains rows of the vocabulary (`trainable_token_indices`), the
-            tokenizer can't be told to put something in front, or the folder holds an adapter, which would be loaded on
-            top. Nothing is written then.
+            The prompt is deep or has a template, the model reads the prompt's positions outside the backbone (a pooled
+            first token, say), its weights are quantized, the adapter trains rows of the vocabulary
+            (`trainable_token_indices`), the tokenizer can't be told to put something in front, or the folder holds an
+            adapter, which would be loaded on top. Nothing is written then.
     """
     adapter = find_adapter(model, adapter_name)
     base_model = adapter.base_model
@@ -82,6 +82,11 @@ def export_standalone(
         raise ValueError(
             "The adapter trains rows of the vocabulary beside the prompt (`trainable_token_indices`), which would be "
             "left out of the folder. Serve it with this package."
+        )
+    if adapter.config.prompt_template is not None:
+        raise ValueError(
+            "The adapter has a prompt template, and in a standalone folder the prompt is in front of every text. "
+            "Serve it with this package."
         )
     if (Path(directory) / "adapter_config.json").exists():
         raise ValueError(

@@ -67,14 +67,19 @@ def export_to_peft(
 
     Raises:
         ValueError:
-            Stock PEFT would compute something else or can't run, `force` names another task type, or the adapter
-            trains rows of the vocabulary (`trainable_token_indices`).
+            Stock PEFT would compute something else or can't run, `force` names another task type, or the adapter has a
+            prompt template or trains rows of the vocabulary (`trainable_token_indices`).
     """
     adapter = find_adapter(model, adapter_name)
     if adapter.config.trainable_token_indices is not None:
         raise ValueError(
             "The adapter trains rows of the vocabulary beside the prompt (`trainable_token_indices`), for which stock "
             "PEFT's prompts have no place. Stay with this package."
+        )
+    if adapter.config.prompt_template is not None:
+        raise ValueError(
+            "The adapter has a prompt template, and stock PEFT puts a prompt in front of every text. Stay with this "
+            "package."
         )
     backbone = find_backbone(adapter.base_model)
     task_type = _task_type(adapter)

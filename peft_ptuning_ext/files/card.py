@@ -100,6 +100,11 @@ def fill_card(
     else:
         lines += ["from peft import PeftModel", "", f'model = PeftModel.from_pretrained(base_model, "{name}")']
     what = "keys and values in every layer" if states else "vectors"
+    if config.cloze is not None:
+        lines = ["from peft_ptuning_ext import ClozeClassifier", ""]
+        lines += [f'model = ClozeClassifier.from_pretrained(language_model, tokenizer, "{name}")']
+    if config.prompt_template is not None:
+        rows["template"] = f"`{config.prompt_template.text}`".replace("|", r"\|").replace("\n", r"\n")
     _, _, versions = card.text.partition(VERSIONS)
     card.text = "\n".join(
         [

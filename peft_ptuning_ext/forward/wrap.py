@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from ..backbone import Backbone
 from ..prompts.adapter import ATTACHMENT, find_stack
 from ..prompts.layer import PTuningLayer
-from . import deep, in_attention, in_row
+from . import deep, in_attention, in_place, in_row
 from .attention import adapt_attention, restore_attention
 from .call import Call
 from .in_attention import NotRecorded, StoredStates
@@ -64,6 +64,8 @@ def run(stack: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
     if not names or call.tokens is None:  # the model has its own error for no text, and for two
         return forward(**call.given)
     call.check_names()
+    if layer.placeholder_id is not None:
+        return in_place.run(forward, call, layer, layer.dtype or stack.dtype)
     if call.cached_prompt is not None:
         if call.cached_prompt.states is None:
             return in_row.go_on(forward, call, functools.partial(why_in_row, stack))

@@ -61,6 +61,7 @@ class DeepPromptEncoder(nn.Module):
     """
 
     parameters_class = nn.ParameterDict
+    placeholder_id = None  # it stands in no text
 
     def __init__(self, config: PTuningConfig, width: int, shapes: Shapes):
         super().__init__()

@@ -27,6 +27,8 @@ class PromptEncoder(nn.Module):
     def __init__(self, config: PTuningConfig, width: int):
         super().__init__()
         self.num_virtual_tokens = config.num_virtual_tokens
+        template = config.prompt_template
+        self.placeholder_id = None if template is None else template.placeholder_id
         self.embedding = nn.Parameter(torch.zeros(config.num_virtual_tokens, width))
 
     def forward(self) -> torch.Tensor:

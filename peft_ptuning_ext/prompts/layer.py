@@ -78,6 +78,12 @@ class PTuningLayer(nn.Module, BaseTunerLayer):
         """Names of the adapters whose prompt is in front now; empty if there is none or adapters are disabled."""
         return () if self._disable_adapters else tuple(self._active_adapter)
 
+    @property
+    def placeholder_id(self) -> Optional[int]:
+        """The id whose embeddings the active prompt replaces; `None` if it is in front of the text."""
+        names = self.prompt_names
+        return self.ptuning_encoders[names[0]].placeholder_id if names else None
+
     def make_prompt(self, names: tuple[str, ...], dtype: torch.dtype) -> Prompt:
         """Returns the prompt of adapters by name, with its vectors, (1, V, H), or keys and values, in `dtype`."""
         (name,) = names

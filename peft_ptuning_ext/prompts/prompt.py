@@ -29,6 +29,8 @@ class Prompt:
             In a cache: the columns of the text that it stands before, (B or 1, V); `None`: behind the padding on the
             left, if there is any and distance is counted in columns.
         takes_positions (`bool`, defaults to `True`): Whether the text's positions begin at V, rather than at 0.
+        filled (`torch.Tensor`, *optional*):
+            In a cache of rows with a template: how many of the V vectors each row has so far, (B,); `None`: all.
     """
 
     names: tuple[str, ...]
@@ -37,6 +39,7 @@ class Prompt:
     states: Optional[States] = None
     places: Optional[torch.Tensor] = None
     takes_positions: bool = True
+    filled: Optional[torch.Tensor] = None
 
     @property
     def positions(self) -> int:

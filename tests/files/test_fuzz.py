@@ -23,7 +23,7 @@ from peft import PeftConfig, PeftModel, PromptTuningConfig, get_peft_model
 from reference import V, make_batch
 from transformers import PreTrainedModel
 
-from peft_ptuning_ext import PTuningConfig, import_from_peft
+from peft_ptuning_ext import PromptTemplate, PTuningConfig, import_from_peft
 
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -200,6 +200,62 @@ def test_headers_that_lie(target, data) -> None:
     encoded = json.dumps(header).encode()
     (target.folder / WEIGHTS).write_bytes(len(encoded).to_bytes(8, "little") + encoded + content[8 + size :])
     target.load(from_pretrained)
+
+
+SLOT = 4  # the placeholder's id
+PIECES = [
+    "{a}",
+    "{b c}",
+    "{prompt}",
+    "{prompt:2}",
+    "{prompt:5}",
+    "{mask}",
+    "{{",
+    "}}",
+    "{",
+    "}",
+    "{a.__class__}",
+    " x ",
+]
+TEXTS = st.lists(st.sampled_from(PIECES), max_size=5).map("".join)
+TEMPLATE_FIELDS = ["text", "shortenable", "placeholder", "placeholder_id"]
+
+
+@pytest.fixture(scope="module", name="templated")
+def _templated(tmp_path_factory) -> Iterator[Target]:
+    template = PromptTemplate("{a} {prompt:3} {b c} {prompt:2}", ["a"], "<slot>", SLOT)
+    with saved(tmp_path_factory.mktemp("template"), PTuningConfig("SEQ_CLS", prompt_template=template)) as target:
+        yield target
+
+
+@FUZZ
+@given(
+    changes=st.dictionaries(
+        st.sampled_from(TEMPLATE_FIELDS) | st.text(min_size=1, max_size=8),
+        JSON | TEXTS | st.integers(0, 120) | st.sampled_from([["a"], ["b c", "a"], []]),
+        min_size=1,
+        max_size=2,
+    )
+)
+def test_any_value_in_a_saved_template(templated, changes) -> None:
+    restore(templated.folder)
+    config = json.loads((templated.folder / CONFIG).read_text())
+    config["prompt_template"] |= changes
+    (templated.folder / CONFIG).write_text(json.dumps(config))
+    try:
+        model = PeftModel.from_pretrained(templated.base, templated.folder).eval()
+    except (ValueError, TypeError) as error:
+        templated.seen[str(error)[:40]] += 1
+        templated.check_unchanged()
+        return
+    template = model.peft_config["default"].prompt_template
+    ids = torch.full((1, 9), 50 if template.placeholder_id != 50 else 51)
+    ids[:, 2:7] = template.placeholder_id
+    with torch.no_grad():
+        assert model(input_ids=ids).logits.isfinite().all()
+    templated.seen["loaded"] += 1
+    model.unload()
+    templated.check_unchanged()
 
 
 @pytest.fixture(scope="module", name="stock")

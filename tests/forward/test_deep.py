@@ -416,9 +416,7 @@ def test_keys_and_values_of_a_prompt_at_the_input() -> None:
         rtol=0,
         atol=1e-5,
     )
-    with pytest.raises(
-        ValueError, match="In BertModel, the keys and values of a prompt at .* not causal"
-    ):
+    with pytest.raises(ValueError, match="In BertModel, the keys and values of a prompt at .* not causal"):
         make_adapted("BERT", "SEQ_CLS").prompt_key_values()
     with pytest.raises(ValueError, match="is deep: it consists of keys and values"):
         make_deep("BERT", "SEQ_CLS").prompt_embeddings()

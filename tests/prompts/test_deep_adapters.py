@@ -26,7 +26,7 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from peft_ptuning_ext import PTuningConfig, PTuningLayer
+from peft_ptuning_ext import PromptTemplate, PTuningConfig, PTuningLayer
 
 
 DEEP = {"prompt_depth": "DEEP"}
@@ -59,6 +59,12 @@ def make_deep(family: str = "BERT", task: str = "SEQ_CLS", **options) -> PeftMod
 def test_fields_that_have_no_meaning_are_refused(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PTuningConfig(**options)
+
+
+def test_a_template_is_for_prompts_at_the_input() -> None:
+    template = PromptTemplate("{text} {prompt:5}", placeholder="<slot>", placeholder_id=4)
+    with pytest.raises(ValueError, match="prompt_depth='DEEP' has none.* Leave one of the two out"):
+        PTuningConfig(**DEEP, prompt_template=template)
 
 
 def test_a_flag_is_a_flag() -> None:

@@ -6,6 +6,7 @@ import json
 
 import accelerate_loop
 import causal_lm
+import few_shot
 import pytest
 import question_answering
 import seq2seq
@@ -15,7 +16,7 @@ import yaml
 from tiny_recipes import RECIPES
 
 
-ALL = [accelerate_loop, causal_lm, question_answering, seq2seq, text_classification, token_classification]
+ALL = [accelerate_loop, causal_lm, few_shot, question_answering, seq2seq, text_classification, token_classification]
 
 
 class Parsed(Exception):
