@@ -19,7 +19,7 @@ from .templates.template import PromptTemplate
 from .tuner import PTuningModel
 
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 __all__ = [
     "ClozeClassifier",
