@@ -70,16 +70,21 @@ def run(forward: Callable, call: Call, prompt: Prompt) -> Any:
 
 
 def _positions(call: Call, mask: Optional[torch.Tensor], prompt: Prompt) -> Optional[torch.Tensor]:
-    """The text's positions, (B or 1, S), or (3, B, S) of images; `None` where they are left to an encoder."""
+    """The text's positions, (B or 1, S), or (3, B, S) of images; `None` where they are left to an encoder.
+
+    An encoder with rotary positions is told those that leave padding out: the prompt's keys have positions of their
+    own, and padding on the left would change the distance to them.
+    """
+    backbone = call.backbone
     if call.given_positions is not None:
         return call.given_positions
-    if not call.backbone.is_causal and not prompt.positions:
+    if not (backbone.is_causal or backbone.is_rotary or prompt.positions):
         return None
     text = call.tokens.shape[1]
     positions = (torch.arange(text, device=call.tokens.device) + call.past)[None]
-    if mask is not None and call.backbone.counts_tokens:
+    if mask is not None and (backbone.counts_tokens or backbone.is_rotary):
         positions = count_positions(mask).take_along_dim(positions, dim=-1)
-    return positions + call.backbone.first_position
+    return positions + backbone.first_position
 
 
 def why_not(stack: PreTrainedModel) -> Optional[str]:

@@ -30,6 +30,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 cells = pytest.mark.parametrize(("family", "task"), CELLS, ids=lambda value: value.replace(" ", "-"))
 
 
+depths = pytest.mark.parametrize("depth", ["INPUT", "DEEP"])
+
 # Encoders whose base model does not mind padding on the left either, as far as it does not pool a padded position.
 LEFT_PADDED = frozenset({"RoBERTa", "XLM-R", "MPNet", "ModernBERT", "DeBERTa-v2"})
 
@@ -76,9 +78,10 @@ def test_prompt_gradient_equals_that_of_concatenation(family: str, task: str) ->
 
 
 @cells
+@depths
 @torch.no_grad()
-def test_padding_changes_nothing(family: str, task: str) -> None:
-    model = make_adapted(family, task)
+def test_padding_changes_nothing(family: str, task: str, depth: str) -> None:
+    model = make_adapted(family, task, prompt_depth=depth)
     alone = make_batch(family, task, lengths=(4,))
     on_the_left = FAMILIES[family].kind == "decoder" or (family in LEFT_PADDED and task not in POOLED)
     for pad_left in (False, True) if on_the_left else (False,):
@@ -92,9 +95,10 @@ def test_padding_changes_nothing(family: str, task: str) -> None:
 
 
 @cells
+@depths
 @torch.no_grad()
-def test_disabled_is_the_base_and_enabled_is_not(family: str, task: str) -> None:
-    model = make_adapted(family, task)
+def test_disabled_is_the_base_and_enabled_is_not(family: str, task: str, depth: str) -> None:
+    model = make_adapted(family, task, prompt_depth=depth)
     batch = make_batch(family, task)
     expected = main_output(make_model(family, task)(**batch))
     enabled = main_output(model(**batch))

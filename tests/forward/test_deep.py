@@ -69,34 +69,6 @@ def test_gradients_are_those_of_keys_and_values_in_front(family: str, task: str)
             torch.testing.assert_close(gradient, state.grad, rtol=1e-4, atol=1e-5 * state.grad.abs().max().item())
 
 
-@cells
-@torch.no_grad()
-def test_padding_changes_nothing(family: str, task: str) -> None:
-    model = make_deep(family, task)
-    alone = make_batch(family, task, lengths=(4,))
-    for pad_left in (False, True) if FAMILIES[family].kind == "decoder" else (False,):
-        batch = make_batch(family, task, lengths=(4, S + 3), pad_left=pad_left)
-        alone |= {key: value[:1] for key, value in batch.items() if key.startswith("decoder")}
-        expected = main_output(model(**alone))[0]
-        output = main_output(model(**batch))[0]
-        if output.shape[0] == S + 3:
-            output = output[batch["attention_mask"][0].bool()]
-        torch.testing.assert_close(output, expected, rtol=0, atol=1e-5)
-
-
-@cells
-@torch.no_grad()
-def test_disabled_is_the_base_and_enabled_is_not(family: str, task: str) -> None:
-    model = make_deep(family, task)
-    batch = make_batch(family, task)
-    expected = main_output(make_model(family, task)(**batch))
-    enabled = main_output(model(**batch))
-    with model.disable_adapter():
-        assert torch.equal(main_output(model(**batch)), expected)
-    assert not torch.allclose(enabled, expected)
-    assert torch.equal(main_output(model(**batch)), enabled)
-
-
 @families
 @torch.no_grad()
 def test_outputs_have_the_length_of_the_text(family: str, task: str) -> None:
