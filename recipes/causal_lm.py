@@ -115,7 +115,7 @@ def load_model(name: str, args: TextArguments, method: MethodArguments):
     config = AutoConfig.from_pretrained(name)
     tokenizer = load_tokenizer(name, config)
     longest, options = args.max_length + args.max_new_tokens, "`--max_length` and `--max_new_tokens`, together"
-    check_length(method.num_virtual_tokens, longest, config, tokenizer, options)
+    check_length(method.prompt_positions, longest, config, tokenizer, options)
     model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=getattr(torch, args.dtype))
     return make_trainable(model, method, "CAUSAL_LM", tokenizer), tokenizer
 

@@ -93,7 +93,7 @@ def load_model(name: str, max_length: int, method: MethodArguments):
     """Returns the frozen backbone with what the method trains and a head, and its tokenizer."""
     config = AutoConfig.from_pretrained(name, num_labels=2)  # start and end
     tokenizer = load_tokenizer(name, config, padding_side="right")  # the labels are positions counted from the left
-    cut_texts(tokenizer, max_length, method.num_virtual_tokens, config)
+    cut_texts(tokenizer, max_length, method.prompt_positions, config)
     model = load_with_head(AutoModelForQuestionAnswering, name, config)
     return make_trainable(model, method, "QUESTION_ANS", tokenizer), tokenizer
 

@@ -95,7 +95,7 @@ def load_model(name: str, args: TextArguments, method: MethodArguments):
     """Returns the frozen model with what the method trains, and its tokenizer."""
     config = AutoConfig.from_pretrained(name)
     tokenizer = load_tokenizer(name, config)
-    check_length(method.num_virtual_tokens, args.max_source_length, config, tokenizer, "`--max_source_length`")
+    check_length(method.prompt_positions, args.max_source_length, config, tokenizer, "`--max_source_length`")
     check_length(0, args.max_target_length, config, tokenizer, "`--max_target_length`")  # the decoder has no prompt
     model = AutoModelForSeq2SeqLM.from_pretrained(name, config=config, dtype=getattr(torch, args.dtype))
     return make_trainable(model, method, "SEQ_2_SEQ_LM", tokenizer), tokenizer

@@ -102,7 +102,7 @@ def load_model(name: str, labels: list[str], max_length: int, method: MethodArgu
         problem_type="single_label_classification",
     )
     tokenizer = load_tokenizer(name, config)
-    cut_texts(tokenizer, max_length, method.num_virtual_tokens, config)
+    cut_texts(tokenizer, max_length, method.prompt_positions, config)
     model = load_with_head(AutoModelForSequenceClassification, name, config)
     return make_trainable(model, method, "SEQ_CLS", tokenizer), tokenizer
 

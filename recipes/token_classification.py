@@ -119,7 +119,7 @@ def load_model(name: str, labels: list[str], max_length: int, method: MethodArgu
         label2id={label: i for i, label in enumerate(labels)},
     )
     tokenizer = load_tokenizer(name, config, add_prefix_space=True)  # byte-level tokenizers need it for lists
-    cut_texts(tokenizer, max_length, method.num_virtual_tokens, config)
+    cut_texts(tokenizer, max_length, method.prompt_positions, config)
     model = load_with_head(AutoModelForTokenClassification, name, config)
     return make_trainable(model, method, "TOKEN_CLS", tokenizer), tokenizer
 

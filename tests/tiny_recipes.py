@@ -11,6 +11,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import BertConfig, BertModel, BertTokenizer
 
 
@@ -118,3 +119,19 @@ def train(recipe: ModuleType, arguments: dict, output: Path) -> SimpleNamespace:
     moved = {name for name, p in seen["model"].named_parameters() if not torch.equal(p.detach(), before[name])}
     rows = read_rows(output / "predictions.jsonl")
     return SimpleNamespace(output=output, metrics=read_metrics(output), rows=rows, moved=moved, **seen)
+
+
+def assert_deep_prompt_is_saved(run: SimpleNamespace, length: int, layers: int, start: str) -> None:
+    """The adapter has moved keys and values of every layer, and what its config says of them."""
+    config = json.loads((run.output / "adapter_config.json").read_text(encoding="utf-8"))
+    assert (config["prompt_depth"], config["prompt_tuning_init"]) == ("DEEP", start)
+    saved = load_file(run.output / "adapter_model.safetensors")
+    prompt = {name: tensor for name, tensor in saved.items() if "ptuning_encoders" in name}
+    assert len(prompt) == 2 * layers
+    assert {tensor.shape[1] for tensor in prompt.values()} == {length}
+    moved = {name for name in run.moved if "ptuning_encoders" in name}
+    assert len(moved) == 2 * layers
+    heads = sum(tensor.numel() for name, tensor in saved.items() if name not in prompt)
+    deployed = heads + sum(tensor.numel() for tensor in prompt.values())
+    assert run.metrics["trained_parameters"] == run.metrics["deployed_parameters"] == deployed
+    assert run.metrics["before"]["loss"] != run.metrics["after"]["loss"]

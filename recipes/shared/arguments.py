@@ -51,19 +51,35 @@ class DataArguments:
 
 @dataclass
 class MethodArguments:
-    """The method. For its options see `PTuningConfig`, and PEFT's `PromptEncoderConfig` and `LoraConfig`."""
+    """The method. For its options see `PTuningConfig`, and the configs of PEFT that `_make_config` makes."""
 
-    method: Literal["ptuning", "peft_ptuning", "lora", "head"] = field(
+    method: Literal["ptuning", "peft_ptuning", "peft_prefix", "lora", "head"] = field(
         default="ptuning",
-        metadata={"help": "What is trained: this package's prompt, stock PEFT's P-tuning, LoRA, or the head alone."},
+        metadata={
+            "help": "What is trained: this package's prompt, stock P-tuning or prefix tuning, LoRA, or the head alone."
+        },
     )
-    num_virtual_tokens: int = field(default=10, metadata={"help": "Number of trained vectors in front of the text."})
+    num_virtual_tokens: int = field(default=10, metadata={"help": "Length of the prompt: its number of vectors."})
+    depth: Literal["INPUT", "DEEP"] | None = field(
+        default=None,
+        metadata={
+            "help": "Where the prompt enters: vectors in front of the text, or keys and values in front of the text's "
+            "in every layer. Default: INPUT."
+        },
+    )
     encoder: Literal["NONE", "MLP", "LSTM", "RESIDUAL"] | None = field(
         default=None,
-        metadata={"help": "Network that produces the prompt. Default: NONE (plain vectors); for peft_ptuning: MLP."},
+        metadata={"help": "Network that produces the prompt. Default: NONE (no network); for peft_ptuning: MLP."},
     )
-    prompt_tuning_init: Literal["RANDOM", "SAMPLE_VOCAB", "TEXT"] = field(
-        default="RANDOM", metadata={"help": "Where the prompt starts: random vectors, random tokens, or a text."}
+    encoder_dropout: float = field(
+        default=0.0, metadata={"help": "Dropout in the network; with DEEP, on the keys and values."}
+    )
+    prompt_tuning_init: Literal["RANDOM", "SAMPLE_VOCAB", "TEXT", "ZERO_VALUES"] = field(
+        default="RANDOM",
+        metadata={
+            "help": "Where the prompt starts: at random, at random tokens, at a text, or (only DEEP) at random keys "
+            "and values of 0."
+        },
     )
     prompt_tuning_init_text: str | None = field(default=None, metadata={"help": "The text that TEXT starts from."})
     lora_r: int = field(default=8, metadata={"help": "Rank of LoRA."})
@@ -74,6 +90,11 @@ class MethodArguments:
         default=None,
         metadata={"help": "Stop after this many evaluations without a better one; needs `--load_best_model_at_end`."},
     )
+
+    @property
+    def prompt_positions(self) -> int:
+        """How many of the model's positions are kept for the prompt. The keys and values of a deep one take none."""
+        return 0 if self.depth == "DEEP" else self.num_virtual_tokens
 
 
 def parse_arguments(dataclasses: list, defaults: dict, argv: list[str] | None) -> tuple:

@@ -1,11 +1,11 @@
 # SPDX-FileCopyrightText: 2026 The peft_ptuning_ext authors
 # SPDX-License-Identifier: Apache-2.0
-"""`--method`: this package, stock P-tuning, LoRA or the head alone make the same frozen model trainable."""
+"""`--method`: this package, stock PEFT's methods or the head alone make the same frozen model trainable."""
 
 import warnings
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, PromptEncoderConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, PrefixTuningConfig, PromptEncoderConfig, get_peft_model
 from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from peft_ptuning_ext import PromptMonitor, PTuningConfig
@@ -48,26 +48,35 @@ def make_trainable(
 
 
 def _make_config(args: MethodArguments, task_type: str, tokenizer: PreTrainedTokenizerBase) -> PeftConfig:
-    prompt_options = {"encoder": None, "prompt_tuning_init": "RANDOM", "prompt_tuning_init_text": None}
-    ignored = [name for name, default in prompt_options.items() if getattr(args, name) != default]
+    prompt = {"num_virtual_tokens": args.num_virtual_tokens, "task_type": task_type}
     if args.method == "ptuning":
         return PTuningConfig(
-            task_type=task_type,
-            num_virtual_tokens=args.num_virtual_tokens,
+            **prompt,
+            prompt_depth=args.depth or "INPUT",
             encoder_reparameterization_type=args.encoder,
+            encoder_dropout=args.encoder_dropout,
             prompt_tuning_init=args.prompt_tuning_init,
             prompt_tuning_init_text=args.prompt_tuning_init_text,
             tokenizer_name_or_path=tokenizer if args.prompt_tuning_init == "TEXT" else None,
         )
+    options = ("depth", "encoder", "encoder_dropout", "prompt_tuning_init", "prompt_tuning_init_text")
+    given = [name for name in options if getattr(args, name) != getattr(MethodArguments, name)]
     if args.method == "peft_ptuning":
         encoder = args.encoder or "MLP"
-        if encoder not in ("MLP", "LSTM") or set(ignored) - {"encoder"}:
-            raise ValueError("Stock P-tuning has the encoders MLP and LSTM, and starts at random only.")
-        return PromptEncoderConfig(
-            task_type=task_type, num_virtual_tokens=args.num_virtual_tokens, encoder_reparameterization_type=encoder
-        )
-    if ignored:
-        raise ValueError(f"`--{ignored[0]}` is about a prompt, and `--method lora` has none.")
+        if encoder not in ("MLP", "LSTM") or set(given) - {"encoder"}:
+            raise ValueError(
+                "Stock P-tuning stands at the input, has the encoders MLP and LSTM without dropout, and starts at "
+                "random only."
+            )
+        return PromptEncoderConfig(**prompt, encoder_reparameterization_type=encoder)
+    if args.method == "peft_prefix":
+        if given:
+            raise ValueError(
+                f"`--{given[0]}` has no meaning with `--method peft_prefix`: stock prefix tuning lacks it."
+            )
+        return PrefixTuningConfig(**prompt)
+    if given:
+        raise ValueError(f"`--{given[0]}` is about a prompt, and `--method lora` has none.")
     return LoraConfig(task_type=task_type, r=args.lora_r)
 
 
@@ -81,14 +90,17 @@ def _head_only(model: PreTrainedModel) -> PreTrainedModel:
 def count_parameters(model: PeftModel | PreTrainedModel) -> tuple[int, int]:
     """Returns the number of trained parameters, and the number of those that are deployed.
 
-    Where a network produces the prompt, only its V × H results are deployed, not the network.
+    Where a network produces the prompt, only its result is deployed, not the network.
     """
-    sizes = {name: _size(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad}
-    encoders = ("ptuning_encoders.", "prompt_encoder.")
-    network = [name for name in sizes if any(encoder in name for encoder in encoders)]
-    # The embedding that goes into the network has the size of the prompt that comes out, here and in PEFT.
-    dropped = sum(sizes[name] for name in network if not name.removesuffix(".weight").endswith(".embedding"))
-    return sum(sizes.values()), sum(sizes.values()) - dropped
+    sizes = {name: _size(parameter) for name, parameter in model.named_parameters()}
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    encoder = {name for name in sizes if "ptuning_encoders." in name or "prompt_encoder." in name}
+    # A deep prompt is as large as its keys and values, which are frozen where a network adds to them. Any other prompt
+    # is as large as the embedding that goes into its network, here and in PEFT.
+    prompt = {name for name in encoder if ".keys." in name or ".values." in name}
+    prompt = prompt or {name for name in encoder if name.removesuffix(".weight").endswith(".embedding")}
+    deployed = trained - encoder | prompt
+    return sum(sizes[name] for name in trained), sum(sizes[name] for name in deployed)
 
 
 def _size(parameter: torch.nn.Parameter) -> int:
@@ -102,6 +114,6 @@ def make_callbacks(args: MethodArguments) -> list[TrainerCallback]:
 
 
 def watch_prompt(trainer: Trainer, args: MethodArguments) -> None:
-    """Makes Trainer log norm, gradient and effect of a prompt, and warn if the prompt does not learn."""
-    if args.method == "ptuning":
+    """Makes Trainer log norm, gradient and effect of a prompt at the input, and warn if the prompt does not learn."""
+    if args.method == "ptuning" and args.depth != "DEEP":  # PromptMonitor watches vectors, not keys and values
         PromptMonitor.watch(trainer)

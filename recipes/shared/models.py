@@ -64,7 +64,7 @@ def load_tokenizer(name: str, config: PretrainedConfig, **options) -> PreTrained
 
 
 def check_length(
-    num_virtual_tokens: int,
+    prompt_positions: int,
     max_length: int,
     config: PretrainedConfig,
     tokenizer: PreTrainedTokenizerBase,
@@ -76,22 +76,22 @@ def check_length(
         ValueError: Prompt and text have more positions than the model.
     """
     positions = min(getattr(config, "max_position_embeddings", tokenizer.model_max_length), tokenizer.model_max_length)
-    if num_virtual_tokens + max_length > positions:
+    if prompt_positions + max_length > positions:
         raise ValueError(
-            f"{num_virtual_tokens} virtual tokens and {options} {max_length} are "
-            f"{num_virtual_tokens + max_length} positions, and the model has {positions}."
+            f"{prompt_positions} virtual tokens and {options} {max_length} are "
+            f"{prompt_positions + max_length} positions, and the model has {positions}."
         )
 
 
 def cut_texts(
-    tokenizer: PreTrainedTokenizerBase, max_length: int, num_virtual_tokens: int, config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase, max_length: int, prompt_positions: int, config: PretrainedConfig
 ) -> None:
     """Makes the tokenizer cut texts to `max_length` tokens; the saved tokenizer then cuts at the same place.
 
     Raises:
         ValueError: The prompt and such a text have more positions than the model.
     """
-    check_length(num_virtual_tokens, max_length, config, tokenizer)
+    check_length(prompt_positions, max_length, config, tokenizer)
     tokenizer.model_max_length = max_length
 
 

@@ -113,6 +113,15 @@ def test_a_resumed_run_equals_an_uninterrupted_one(trained, tiny, tmp_path, monk
     assert (tmp_path / name).read_bytes() == (trained.folder / name).read_bytes()
 
 
+def test_deep_prompt_of_a_network(tiny, tmp_path):
+    run(recipe, {**tiny, "depth": "DEEP", "num_train_epochs": 1, "output_dir": tmp_path})
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    keys = [tensor for name, tensor in saved.items() if ".keys." in name]
+    assert [tuple(tensor.shape) for tensor in keys] == [(2, 4, 16)] * 2  # heads, V, width of a head
+    assert any("mlp" in name for name in saved)
+    assert read_metrics(tmp_path)["trained_parameters"] > read_metrics(tmp_path)["deployed_parameters"]
+
+
 def test_the_best_epoch_comes_back(tiny, tmp_path):
     options = {
         "learning_rate": 0.5,

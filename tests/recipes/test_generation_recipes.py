@@ -20,7 +20,18 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from shared import small_language, small_models
 from shared.small_models import Pretraining
-from tiny_recipes import FILES, RECIPES, losses, outcome, read_metrics, read_rows, run, train, write_rows
+from tiny_recipes import (
+    FILES,
+    RECIPES,
+    assert_deep_prompt_is_saved,
+    losses,
+    outcome,
+    read_metrics,
+    read_rows,
+    run,
+    train,
+    write_rows,
+)
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, DataCollatorForSeq2Seq
 
 
@@ -162,12 +173,17 @@ def test_resumed_is_uninterrupted(recipe, tiny, tmp_path):
     assert not (tmp_path / "resumed" / "checkpoint-2").exists()  # it did go on from the other folder
 
 
+def test_deep_prompt(recipe, tiny, tmp_path):
+    done = train(recipe, {**tiny, "depth": "DEEP"}, tmp_path)
+    assert_deep_prompt_is_saved(done, V, 1, "RANDOM")
+
+
 @pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")  # by stock P-tuning
-@pytest.mark.parametrize("method", ["peft_ptuning", "lora"])
+@pytest.mark.parametrize("method", ["peft_ptuning", "peft_prefix", "lora"])
 def test_other_methods_run(recipe, tiny, tmp_path, method):
     run(recipe, {**tiny, "method": method, "max_steps": 1, "output_dir": tmp_path})
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert config["peft_type"] == {"peft_ptuning": "P_TUNING", "lora": "LORA"}[method]
+    assert config["peft_type"] == {"peft_ptuning": "P_TUNING", "peft_prefix": "PREFIX_TUNING", "lora": "LORA"}[method]
     assert (tmp_path / "predictions.jsonl").is_file()
 
 

@@ -13,7 +13,18 @@ import question_answering as recipe
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from tiny_recipes import FILES, PLOTS, RECIPES, RUN, outcome, read_rows, save_backbone, train, write_rows
+from tiny_recipes import (
+    FILES,
+    PLOTS,
+    RECIPES,
+    RUN,
+    assert_deep_prompt_is_saved,
+    outcome,
+    read_rows,
+    save_backbone,
+    train,
+    write_rows,
+)
 from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenizer
 
 
@@ -235,10 +246,17 @@ def test_resumed_run_equals_an_uninterrupted_one(trained, tiny, tmp_path):
     assert outcome(resumed.output) == outcome(trained.output)
 
 
-@pytest.mark.parametrize("method", ["peft_ptuning", "lora", "head"])
+def test_deep_prompt(tiny, tmp_path):
+    done = train(recipe, {**tiny, "depth": "DEEP", "max_steps": 4, "eval_strategy": "no"}, tmp_path)
+    assert_deep_prompt_is_saved(done, tiny["num_virtual_tokens"], 2, "RANDOM")
+
+
+@pytest.mark.parametrize("method", ["peft_ptuning", "peft_prefix", "lora", "head"])
 def test_other_methods_run(tiny, tmp_path, method):
     run = train(recipe, {**tiny, "method": method}, tmp_path / "output")
-    part = {"peft_ptuning": "prompt_encoder", "lora": "lora_", "head": "qa_outputs"}[method]
+    part = {"peft_ptuning": "prompt_encoder", "peft_prefix": "prompt_encoder", "lora": "lora_", "head": "qa_outputs"}[
+        method
+    ]
     assert any(part in name for name in run.moved)
     assert all(part in name or "qa_outputs" in name for name in run.moved)
     assert {name: run.metrics["after"][name] for name in ("exact_match", "f1")} == pytest.approx(measure(run.rows))

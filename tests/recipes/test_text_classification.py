@@ -24,6 +24,7 @@ from tiny_recipes import (
     FILES,
     PLOTS,
     RECIPES,
+    assert_deep_prompt_is_saved,
     losses,
     outcome,
     read_metrics,
@@ -145,6 +146,29 @@ def test_prompt_arguments_reach_the_adapter(tiny, tmp_path, capsys):
     assert "accuracy before training" in out
 
 
+def test_deep_prompt(tiny, tmp_path):
+    deep = {"depth": "DEEP", "prompt_tuning_init": "ZERO_VALUES", "encoder_dropout": 0.1}
+    done = train(recipe, {**tiny, **deep, "max_steps": 4}, tmp_path)
+    assert_deep_prompt_is_saved(done, tiny["num_virtual_tokens"], 2, "ZERO_VALUES")
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["encoder_dropout"] == 0.1
+
+
+def test_deep_prompt_of_a_network_is_deployed_without_it(tiny, tmp_path):
+    plain, network = tmp_path / "plain", tmp_path / "network"
+    run(recipe, {**tiny, "depth": "DEEP", "max_steps": 1, "output_dir": plain})
+    run(recipe, {**tiny, "depth": "DEEP", "encoder": "MLP", "max_steps": 1, "output_dir": network})
+    plain, network = read_metrics(plain), read_metrics(network)
+    assert network["deployed_parameters"] == plain["deployed_parameters"]
+    assert network["trained_parameters"] > network["deployed_parameters"]
+
+
+def test_deep_prompt_takes_no_positions_of_the_text(tiny, tmp_path):
+    long = {**tiny, "max_length": 62, "max_steps": 1, "output_dir": tmp_path}
+    with pytest.raises(ValueError, match=r"4 virtual tokens and `--max_length` 62 are 66 positions, .* has 64"):
+        run(recipe, long)
+    run(recipe, {**long, "depth": "DEEP"})
+
+
 def test_numbers_in_csv_as_labels(tiny, tmp_path):
     files = {}
     for split in ("train", "validation"):
@@ -203,6 +227,7 @@ def test_resuming_from_the_last_checkpoint(tiny, tmp_path):
     ("method", "trained_names"),
     [
         ("peft_ptuning", {"prompt_encoder", "classifier"}),
+        ("peft_prefix", {"prompt_encoder", "classifier"}),
         ("lora", {"lora_A", "lora_B", "classifier"}),
         ("head", {"classifier"}),
     ],
@@ -233,7 +258,13 @@ def test_a_network_is_not_counted_as_deployed(tiny, tmp_path, capsys):
     [
         ({"method": "peft_ptuning", "encoder": "RESIDUAL"}, "the encoders MLP and LSTM"),
         ({"method": "peft_ptuning", "prompt_tuning_init": "SAMPLE_VOCAB"}, "starts at random only"),
+        ({"method": "peft_ptuning", "depth": "DEEP"}, "Stock P-tuning stands at the input"),
+        ({"method": "peft_prefix", "depth": "INPUT"}, "`--depth` has no meaning with `--method peft_prefix`"),
         ({"method": "lora", "encoder": "MLP"}, "`--encoder` is about a prompt, and `--method lora` has none"),
+        ({"method": "lora", "depth": "DEEP"}, "`--depth` is about a prompt, and `--method lora` has none"),
+        ({"depth": "DEEP", "encoder": "LSTM"}, "'LSTM' makes vectors for the input, and prompt_depth is 'DEEP'"),
+        ({"prompt_tuning_init": "ZERO_VALUES"}, "'ZERO_VALUES' is only used with prompt_depth='DEEP'"),
+        ({"encoder": "NONE", "encoder_dropout": 0.1}, "`encoder_dropout` has no meaning with"),
     ],
 )
 def test_arguments_that_a_method_lacks_are_refused(tiny, tmp_path, arguments, message):

@@ -12,7 +12,18 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 from peft import PeftModel
 from safetensors.torch import load_file
-from tiny_recipes import FILES, PLOTS, RECIPES, RUN, outcome, read_rows, save_backbone, train, write_rows
+from tiny_recipes import (
+    FILES,
+    PLOTS,
+    RECIPES,
+    RUN,
+    assert_deep_prompt_is_saved,
+    outcome,
+    read_rows,
+    save_backbone,
+    train,
+    write_rows,
+)
 from transformers import AutoConfig, AutoModelForTokenClassification, AutoTokenizer
 
 
@@ -193,12 +204,17 @@ def test_resumed_run_equals_an_uninterrupted_one(trained, tiny, tmp_path):
     assert outcome(resumed.output) == outcome(trained.output)
 
 
-@pytest.mark.parametrize("method", ["lora", "head"])
+def test_deep_prompt(tiny, tmp_path):
+    done = train(recipe, {**tiny, "depth": "DEEP", "max_steps": 4, "eval_strategy": "no"}, tmp_path)
+    assert_deep_prompt_is_saved(done, tiny["num_virtual_tokens"], 2, "RANDOM")
+
+
+@pytest.mark.parametrize("method", ["peft_prefix", "lora", "head"])
 def test_other_methods_run(tiny, tmp_path, method):
     run = train(recipe, {**tiny, "method": method}, tmp_path / "output")
-    assert run.moved
-    assert all("lora_" in name or "classifier" in name for name in run.moved)
-    assert any("lora_" in name for name in run.moved) == (method == "lora")
+    part = {"peft_prefix": "prompt_encoder", "lora": "lora_", "head": "classifier"}[method]
+    assert any(part in name for name in run.moved)
+    assert all(part in name or "classifier" in name for name in run.moved)
 
 
 def test_test_file_is_measured_and_the_best_checkpoint_kept(tiny, tmp_path):
