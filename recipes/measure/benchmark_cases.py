@@ -37,15 +37,17 @@ class Method:
     colour: str  # from the palette of Okabe and Ito, made for the colour-blind
     marker: str
     config_class: type[PeftConfig] | None
+    options: dict = field(default_factory=dict)  # of the config, the same for every shape
 
 
 METHODS = {
     "base": Method("base", "#000000", "", None),
     "ptuning": Method("this package", "#0072B2", "o", PTuningConfig),
+    "ptuning_deep": Method("this package, deep", "#56B4E9", "P", PTuningConfig, {"prompt_depth": "DEEP"}),
     "peft_ptuning": Method("PEFT P-tuning", "#D55E00", "s", PromptEncoderConfig),
     "peft_prompt_tuning": Method("PEFT prompt tuning", "#E69F00", "^", PromptTuningConfig),
     "peft_prefix": Method("PEFT prefix tuning", "#009E73", "v", PrefixTuningConfig),
-    "lora": Method("LoRA", "#CC79A7", "D", LoraConfig),
+    "lora": Method("LoRA", "#CC79A7", "D", LoraConfig, {"r": 8}),
 }
 
 
@@ -118,9 +120,7 @@ class BenchmarkArguments:
     batch_sizes: list[int] | None = field(default=None, metadata={"help": "B of a grid of shapes. Default: 1 4 16 32"})
     text_lengths: list[int] | None = field(default=None, metadata={"help": "S of the grid. Default: 32 128 512"})
     prompt_lengths: list[int] | None = field(default=None, metadata={"help": "V of the grid. Default: 8 20 50 100"})
-    methods: list[str] | None = field(
-        default=None, metadata={"help": f"Some of {', '.join(METHODS)}. Default: all; of bert, the first three."}
-    )
+    methods: list[str] | None = field(default=None, metadata={"help": f"Some of {', '.join(METHODS)}. Default: all."})
     measures: list[str] | None = field(
         default=None, metadata={"help": f"Some of {', '.join(MEASURES)}. Default: all that the architecture has."}
     )
@@ -146,7 +146,7 @@ def complete(args: BenchmarkArguments) -> list[Shape]:
     args.measures = args.measures or apply
     if unknown := [name for name in args.measures if name not in apply]:
         raise ValueError(f"`--measures` of {args.architecture} are {apply}, got {unknown}.")
-    args.methods = args.methods or list(METHODS)[: 3 if args.architecture == "bert" else None]
+    args.methods = args.methods or list(METHODS)
     if unknown := [name for name in args.methods if name not in METHODS]:
         raise ValueError(f"`--methods` are {list(METHODS)}, got {unknown}.")
     args.methods = [name for name in METHODS if name == "base" or name in args.methods]

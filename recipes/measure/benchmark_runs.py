@@ -90,15 +90,16 @@ def adapt(base: PreTrainedModel, method: str, prompt_length: int, args: Benchmar
     """Returns a copy of the base model with the method's adapter. The copy shares the weights of the base."""
     model = deepcopy(base, {id(parameter): parameter for parameter in base.parameters()})
     torch.manual_seed(args.seed)
-    config_class, task_type = METHODS[method].config_class, TASKS[args.architecture]
+    config_class, options = METHODS[method].config_class, {**METHODS[method].options}
     if config_class is None:
         return model
     if config_class is LoraConfig:
-        config = LoraConfig(r=8, target_modules=LORA_TARGETS[args.architecture], task_type=task_type)
+        options["target_modules"] = LORA_TARGETS[args.architecture]
     else:
-        own = {"encoder_hidden_size": base.config.hidden_size} if config_class is PromptEncoderConfig else {}
-        config = config_class(num_virtual_tokens=prompt_length, task_type=task_type, **own)
-    return get_peft_model(model, config)
+        options["num_virtual_tokens"] = prompt_length
+    if config_class is PromptEncoderConfig:
+        options["encoder_hidden_size"] = base.config.hidden_size
+    return get_peft_model(model, config_class(task_type=TASKS[args.architecture], **options))
 
 
 def make_batch(base: PreTrainedModel, shape: Shape, args: BenchmarkArguments) -> tuple[dict, torch.Tensor]:
@@ -145,7 +146,7 @@ def prepare(model: nn.Module, measure: Measure) -> None:
 
 def failure(method: str, error: Exception) -> str:
     """Returns the first line of a method's error for the report. Errors of the base and of this package are raised."""
-    if method in ("base", "ptuning"):
+    if method in ("base", "ptuning", "ptuning_deep"):
         raise error
     return f"{type(error).__name__}: {error}".strip().splitlines()[0]
 

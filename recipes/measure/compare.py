@@ -4,6 +4,7 @@ r"""Trains every method on the same tasks, steps and batches, and writes a table
 
     python recipes/measure/compare.py --data_folder DATA --tasks sst2 banking77 wnut17 squad
     python recipes/measure/compare.py --data_folder DATA --tasks sst2 banking77 --ablation
+    python recipes/measure/compare.py --data_folder DATA --tasks sst2 banking77 --ablation ptuning_deep
     python recipes/measure/compare.py --data_folder DATA --tasks e2e_nlg --model_name_or_path FOLDER \
         --output_dir outputs/compare_e2e_nlg
 
@@ -12,8 +13,8 @@ sst2/test.jsonl and so on. Without `--data_folder`, the methods are compared on 
 
 For each method, the learning rate is chosen from one grid, on rows of the training file that are held out for it. Each
 seed then trains on all training rows at that rate, and is measured once on the test file. With `--ablation`, plain
-vectors are compared with one change of their recipe at a time. Rate and scores then are those of the held-out rows,
-so that the test file decides nothing.
+vectors (or a plain deep prompt) are compared with one change of their recipe at a time. Rate and scores then are those
+of the held-out rows, so that the test file decides nothing.
 
 Every run is a recipe in a process of its own, with one thread, and as many run at the same time as there are cores.
 Finished runs are not repeated: the command can be stopped and started again.
@@ -48,7 +49,7 @@ class Task:
     options: dict = field(default_factory=dict)
     test_rows: int | None = None
     seeds: int = 3
-    search_seeds: int = 1
+    search_seeds: int = 3
     learning_rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2, 1e-1)
     best: float = 1  # the highest value of the metric
 
@@ -66,26 +67,38 @@ class Method:
 
 
 METHODS = {
-    "ptuning": Method("this package, NONE", {"method": "ptuning", "encoder": "NONE"}),
-    "ptuning_mlp": Method("this package, MLP", {"method": "ptuning", "encoder": "MLP"}),
+    "ptuning": Method("this package, NONE", {"method": "ptuning", "depth": "INPUT", "encoder": "NONE"}),
+    "ptuning_mlp": Method("this package, MLP", {"method": "ptuning", "depth": "INPUT", "encoder": "MLP"}),
+    "ptuning_deep": Method("this package, deep", {"method": "ptuning", "depth": "DEEP", "encoder": "NONE"}),
     "peft_ptuning": Method("PEFT P-tuning", {"method": "peft_ptuning"}),
+    "peft_prefix": Method("PEFT prefix tuning", {"method": "peft_prefix"}),
     "lora": Method("LoRA, r = 8", {"method": "lora"}),
     "head": Method("head only", {"method": "head"}),
 }
-# What `--ablation` compares with "ptuning".
+# What `--ablation` changes, one at a time, and what besides in a deep prompt.
+COMMON_CHANGES = (
+    ("length5", "V = 5", {"num_virtual_tokens": 5}),
+    ("length50", "V = 50", {"num_virtual_tokens": 50}),
+    ("sample_vocab", "start SAMPLE_VOCAB", {"prompt_tuning_init": "SAMPLE_VOCAB"}),
+    ("constant", "constant rate", {"lr_scheduler_type": "constant_with_warmup"}),
+    ("no_warmup", "no warm-up", {"warmup_steps": 0}),
+    ("clip0.1", "clipping at 0.1", {"max_grad_norm": 0.1}),
+    ("no_clip", "no clipping", {"max_grad_norm": 0}),
+)
+DEEP_CHANGES = (
+    ("zero_values", "start ZERO_VALUES", {"prompt_tuning_init": "ZERO_VALUES"}),
+    ("dropout0.1", "dropout 0.1", {"encoder_dropout": 0.1}),
+    ("mlp", "encoder MLP", {"encoder": "MLP"}),
+)
+# By what is changed, and the name of the change's folder.
 CHANGES = {
-    name: Method(text, METHODS["ptuning"].options | change)
-    for name, text, change in (
-        ("length5", "V = 5", {"num_virtual_tokens": 5}),
-        ("length50", "V = 50", {"num_virtual_tokens": 50}),
-        ("sample_vocab", "start SAMPLE_VOCAB", {"prompt_tuning_init": "SAMPLE_VOCAB"}),
-        ("constant", "constant rate", {"lr_scheduler_type": "constant_with_warmup"}),
-        ("no_warmup", "no warm-up", {"warmup_steps": 0}),
-        ("clip0.1", "clipping at 0.1", {"max_grad_norm": 0.1}),
-        ("no_clip", "no clipping", {"max_grad_norm": 0}),
+    changed: {f"{prefix}{name}": Method(text, METHODS[changed].options | change) for name, text, change in changes}
+    for changed, prefix, changes in (
+        ("ptuning", "", COMMON_CHANGES),
+        ("ptuning_deep", "deep_", COMMON_CHANGES + DEEP_CHANGES),
     )
 }
-TRAINED = METHODS | CHANGES
+TRAINED = METHODS | CHANGES["ptuning"] | CHANGES["ptuning_deep"]
 BATCH = {"per_device_train_batch_size": 32, "train_sampling_strategy": "group_by_length"}
 TASKS = {
     "sst2": Task(
@@ -95,7 +108,6 @@ TASKS = {
         200,
         {**BATCH, "max_length": 64},
         seeds=5,
-        search_seeds=3,
     ),
     "banking77": Task("text_classification", "accuracy", "test.jsonl", 300, {**BATCH, "max_length": 64}),
     "wnut17": Task("token_classification", "f1", "test.jsonl", 200, {**BATCH, "max_length": 96}),
@@ -145,7 +157,7 @@ def make_splits(source: Path, folder: Path, task: Task, args: argparse.Namespace
     train = _read_lines(source / "train.jsonl")
     test = _read_lines(source / task.test)
     order = random.Random(0).sample(train, len(train))
-    held_out_rows = args.held_out_rows
+    held_out_rows = min(args.held_out_rows, len(train) // 4)
     folder.mkdir(parents=True, exist_ok=True)
     _write_lines(folder / "train.jsonl", train)
     _write_lines(folder / "test.jsonl", test if task.test_rows is None else _spread(test, task.test_rows))
@@ -270,16 +282,17 @@ def compare(tasks: dict[str, Task], args: argparse.Namespace) -> list[dict]:
 
 
 def ablate(tasks: dict[str, Task], args: argparse.Namespace) -> list[dict]:
-    """Runs what is missing and returns one row per task and change of plain vectors, on the held-out rows.
+    """Runs what is missing and returns one row per task and change of `--ablation`, on the held-out rows.
 
     Raises:
         ValueError: A task can't be trained even without a change.
     """
-    searched = search([(task, "ptuning") for task in tasks], tasks, args)
+    changed = args.ablation
+    searched = search([(task, changed) for task in tasks], tasks, args)
     refused = next((task for (task, _), rates in searched.items() if not rates), None)
     if refused is not None:
-        raise ValueError(f"{refused}: {_read_error(refused, 'ptuning', args)}")
-    rates = {(task, name): _best(searched[task, "ptuning"]) for task in tasks for name in ("ptuning", *CHANGES)}
+        raise ValueError(f"{refused}: {_read_error(refused, changed, args)}")
+    rates = {(task, name): _best(searched[task, changed]) for task in tasks for name in (changed, *CHANGES[changed])}
     return _measure(searched, rates, True, tasks, args)
 
 
@@ -357,11 +370,12 @@ def make_table(rows: list[dict]) -> str:
 
 def make_ablation_table(rows: list[dict]) -> str:
     """Writes the rows as Markdown, with a column per task: mean ± standard deviation of the seeds, and the worst."""
-    plain = [row for row in rows if row["method"] == "ptuning"]
+    plain = [row for row in rows if row["method"] in METHODS]
     columns = {row["task"]: f"{row['task']}, {row['metric']}, rate {row['learning_rate']:g}" for row in plain}
     cells = {(row["task"], row["method"]): row.get("error") or _describe(row["scores"]) for row in rows}
     lines = [["change", *columns.values()], ["---"] * (1 + len(columns))]
-    for method, name in {"ptuning": "none", **{key: change.name for key, change in CHANGES.items()}}.items():
+    for method in dict.fromkeys(row["method"] for row in rows):
+        name = "none" if method in METHODS else TRAINED[method].name
         lines.append([name, *(cells[task, method] for task in columns)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -393,19 +407,26 @@ def main(argv: list[str] | None = None) -> None:
         "--tasks", nargs="+", choices=TASKS, help="Tasks of the data folder. Default: all except e2e_nlg."
     )
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="Default: all.")
-    parser.add_argument("--ablation", action="store_true", help="Compare changes of the training of plain vectors.")
+    parser.add_argument(
+        "--ablation",
+        nargs="?",
+        const="ptuning",
+        choices=CHANGES,
+        help="Compare changes of the training of plain vectors, or of a plain deep prompt.",
+    )
     parser.add_argument("--model_name_or_path", help="Backbone. Default: that of each recipe.")
     parser.add_argument(
         "--learning_rates", nargs="+", type=float, help="Grid of learning rates. Default: that of the task."
     )
     parser.add_argument("--num_virtual_tokens", type=int, default=20)
     parser.add_argument("--seeds", type=int, help="Seeds per method. Default: those of the task, 3 or 5.")
-    parser.add_argument(
-        "--search_seeds", type=int, help="Seeds per learning rate. Default: those of the task, 1 or 3."
-    )
+    parser.add_argument("--search_seeds", type=int, help="Seeds per learning rate. Default: those of the task, 3.")
     parser.add_argument("--max_steps", type=int, help="Optimizer steps. Default: those of the task.")
     parser.add_argument(
-        "--held_out_rows", type=int, default=500, help="Training rows that are held out to choose the rate."
+        "--held_out_rows",
+        type=int,
+        default=500,
+        help="Training rows that are held out to choose the rate, a quarter of all at most.",
     )
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="Number of runs at the same time.")
     parser.add_argument("--use_cpu", action=argparse.BooleanOptionalAction, default=True)
@@ -414,7 +435,7 @@ def main(argv: list[str] | None = None) -> None:
     if (args.tasks is not None) and args.data_folder is None:
         parser.error("--tasks needs --data_folder")
     if args.ablation and args.methods is not None:
-        parser.error("--ablation compares changes of ptuning and takes no --methods")
+        parser.error("--ablation compares changes of one method and takes no --methods")
     args.methods = args.methods or list(METHODS)
 
     output = Path(args.output_dir)
@@ -424,7 +445,7 @@ def main(argv: list[str] | None = None) -> None:
         make_splits((args.data_folder or DATA) / name, output / name, task, args)
     rows = ablate(tasks, args) if args.ablation else compare(tasks, args)
     table = make_ablation_table(rows) if args.ablation else make_table(rows)
-    name = "ablation" if args.ablation else "compare"
+    name = {None: "compare", "ptuning": "ablation"}.get(args.ablation, f"ablation_{args.ablation}")
     (output / f"{name}.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     (output / f"{name}.md").write_text(table + "\n", encoding="utf-8")
     plot(rows, output / f"{name}.png")

@@ -63,12 +63,12 @@ def shorten(monkeypatch):
         monkeypatch.setitem(compare.TASKS, name, dataclasses.replace(task, options=options))
 
 
-def run(data, output, *words, methods=None):
+def run(data, output, *words, methods=None, name="ablation"):
     arguments = ["--data_folder", str(data.folder), "--model_name_or_path", data.model, "--output_dir", str(output)]
     arguments += ["--learning_rates", *map(str, RATES), "--num_virtual_tokens", "4", "--max_steps", "3"]
     arguments += ["--workers", "1", "--held_out_rows", "10", *words]
     compare.main([*arguments, *(["--methods", *methods] if methods else [])])
-    return json.loads((output / f"{'compare' if methods else 'ablation'}.json").read_text())
+    return json.loads((output / f"{'compare' if methods else name}.json").read_text())
 
 
 def test_rates_are_chosen_on_training_rows_and_seeds_measured_on_the_test(data, runs, tmp_path):
@@ -135,9 +135,9 @@ def test_one_change_at_a_time_at_the_rate_of_the_unchanged(data, runs, tmp_path)
     assert all("search_test" in words["--validation_file"] for words in runs)
     rate = max(rows[0]["search"], key=rows[0]["search"].get)
     assert {row["learning_rate"] for row in rows} == {float(rate)}
-    assert [row["method"] for row in rows] == ["ptuning", *compare.CHANGES]
+    assert [row["method"] for row in rows] == ["ptuning", *compare.CHANGES["ptuning"]]
     folders = [words["--output_dir"] for words in runs]
-    assert len(folders) == len(set(folders)) == len(RATES) + 1 + 2 * len(compare.CHANGES)
+    assert len(folders) == len(set(folders)) == len(RATES) + 1 + 2 * len(compare.CHANGES["ptuning"])
 
     seen = set()
     plain = next(words for words in runs if words["--output_dir"].endswith(f"sst2/ptuning/search-lr{rate}-seed1"))
@@ -165,6 +165,23 @@ def test_one_change_at_a_time_at_the_rate_of_the_unchanged(data, runs, tmp_path)
     assert table[3] == f"| V = 5 | {mean(scores):.1%} ± {stdev(scores):.1%} ({min(scores):.1%}) |"
 
 
+def test_a_deep_prompt_has_changes_of_its_own(data, runs, tmp_path, monkeypatch):
+    wanted = {"deep_length5", "deep_zero_values", "deep_dropout0.1", "deep_mlp"}
+    kept = {name: change for name, change in compare.CHANGES["ptuning_deep"].items() if name in wanted}
+    monkeypatch.setitem(compare.CHANGES, "ptuning_deep", kept)
+    words = ["--tasks", "sst2", "--seeds", "1", "--search_seeds", "1", "--ablation", "ptuning_deep"]
+    rows = run(data, tmp_path, *words, name="ablation_ptuning_deep")
+    assert [row["method"] for row in rows] == ["ptuning_deep", *kept]
+    assert {words["--depth"] for words in runs} == {"DEEP"}
+    changed = {Path(words["--output_dir"]).parent.name: words for words in runs}
+    assert changed["deep_length5"]["--num_virtual_tokens"] == "5"
+    assert changed["deep_zero_values"]["--prompt_tuning_init"] == "ZERO_VALUES"
+    assert changed["deep_dropout0.1"]["--encoder_dropout"] == "0.1"
+    assert changed["deep_mlp"]["--encoder"] == "MLP"
+    table = (tmp_path / "ablation_ptuning_deep.md").read_text().splitlines()
+    assert [line.split(" | ")[0] for line in table[2:]] == ["| none", *(f"| {kept[name].name}" for name in kept)]
+
+
 def test_no_change_is_tried_where_the_unchanged_refuses(data, runs, tmp_path):
     words = ["--tasks", "sst2", "--search_seeds", "1", "--ablation", "--num_virtual_tokens", "60"]
     with pytest.raises(ValueError, match="sst2: ValueError: 60 virtual tokens and"):
@@ -174,10 +191,15 @@ def test_no_change_is_tried_where_the_unchanged_refuses(data, runs, tmp_path):
 
 
 def test_a_method_that_refuses_a_task_says_so_in_the_table(data, runs, tmp_path):
-    rows = run(data, tmp_path, "--tasks", "wnut17", "--seeds", "1", methods=["peft_ptuning", "head"])
-    assert rows[0]["error"].startswith("ValueError: Stock P-tuning can't do token classification")
-    assert "scores" in rows[1]
-    assert rows[0]["error"] in (tmp_path / "compare.md").read_text()
+    methods = ["ptuning_deep", "peft_ptuning", "peft_prefix"]
+    rows = run(data, tmp_path, "--tasks", "wnut17", "--seeds", "1", "--search_seeds", "1", methods=methods)
+    assert rows[1]["error"].startswith("ValueError: Stock P-tuning can't do token classification")
+    assert "scores" in rows[0]
+    assert "scores" in rows[2]
+    assert (
+        rows[0]["deployed_parameters"] == rows[2]["deployed_parameters"]
+    )  # keys and values of V tokens, and the head
+    assert rows[1]["error"] in (tmp_path / "compare.md").read_text()
 
 
 def test_a_killed_run_says_so_in_the_table(data, tmp_path, monkeypatch):
