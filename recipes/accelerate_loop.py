@@ -123,7 +123,7 @@ def predict(accelerator: Accelerator, model: torch.nn.Module, loader: DataLoader
 
 def main(argv: list[str] | None = None) -> None:
     dataclasses = [ModelArguments, DataArguments, ColumnArguments, MethodArguments, LoopArguments]
-    model_args, data_args, columns, method, args = parse_arguments(dataclasses, {}, argv)
+    model_args, data_args, columns, method, args = parse_arguments(dataclasses, {"depth": "DEEP"}, argv)
     folder = Path(args.output_dir)
     checkpoint = find_checkpoint(args, are_whole=True)  # see save_checkpoint
     accelerator = Accelerator(

@@ -64,7 +64,7 @@ class MethodArguments:
         default=None,
         metadata={
             "help": "Where the prompt enters: vectors in front of the text, or keys and values in front of the text's "
-            "in every layer. Default: INPUT."
+            "in every layer. Default: that of the recipe."
         },
     )
     encoder: Literal["NONE", "MLP", "LSTM", "RESIDUAL"] | None = field(
@@ -100,7 +100,8 @@ class MethodArguments:
 def parse_arguments(dataclasses: list, defaults: dict, argv: list[str] | None) -> tuple:
     """Returns one object per dataclass, filled from the command line.
 
-    The first word may be a YAML or JSON file of options. Options behind it override those of the file.
+    The first word may be a YAML or JSON file of options. Options behind it override those of the file. The `depth` of
+    `defaults` is that of this package's prompts. Other methods have none, and refuse one that is given.
 
     Raises:
         ValueError: The file does not exist, holds no table of options, or has an option that no dataclass knows.
@@ -108,6 +109,8 @@ def parse_arguments(dataclasses: list, defaults: dict, argv: list[str] | None) -
     argv = sys.argv[1:] if argv is None else argv
     parser = HfArgumentParser(dataclasses)
     known = {action.dest for action in parser._actions}
+    defaults = {**defaults}
+    depth = defaults.pop("depth", "INPUT")
     parser.set_defaults(**{name: value for name, value in SHARED_DEFAULTS.items() if name in known} | defaults)
     if argv and argv[0].endswith((".yaml", ".yml", ".json")):
         file, argv = Path(argv[0]), argv[1:]
@@ -120,7 +123,11 @@ def parse_arguments(dataclasses: list, defaults: dict, argv: list[str] | None) -
         if unknown := sorted(options.keys() - known):
             raise ValueError(f"{file} has options that this recipe does not know: {', '.join(unknown)}.")
         argv = [word for name, value in options.items() for word in _as_words(name, value)] + argv
-    return parser.parse_args_into_dataclasses(args=argv)
+    parsed = parser.parse_args_into_dataclasses(args=argv)
+    for part in parsed:
+        if isinstance(part, MethodArguments) and part.method == "ptuning" and part.depth is None:
+            part.depth = depth
+    return parsed
 
 
 def _as_words(name: str, value) -> list[str]:

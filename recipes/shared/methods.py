@@ -52,7 +52,7 @@ def _make_config(args: MethodArguments, task_type: str, tokenizer: PreTrainedTok
     if args.method == "ptuning":
         return PTuningConfig(
             **prompt,
-            prompt_depth=args.depth or "INPUT",
+            prompt_depth=args.depth,
             encoder_reparameterization_type=args.encoder,
             encoder_dropout=args.encoder_dropout,
             prompt_tuning_init=args.prompt_tuning_init,
@@ -114,6 +114,6 @@ def make_callbacks(args: MethodArguments) -> list[TrainerCallback]:
 
 
 def watch_prompt(trainer: Trainer, args: MethodArguments) -> None:
-    """Makes Trainer log norm, gradient and effect of a prompt at the input, and warn if the prompt does not learn."""
-    if args.method == "ptuning" and args.depth != "DEEP":  # PromptMonitor watches vectors, not keys and values
+    """Makes Trainer log norm, gradient and effect of a prompt, and warn if the prompt does not learn."""
+    if args.method == "ptuning":
         PromptMonitor.watch(trainer)

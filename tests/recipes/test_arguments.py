@@ -67,6 +67,13 @@ def test_options_win_over_a_file(tmp_path, parse):
     assert (values["max_steps"], values["learning_rate"]) == (2, 0.25)
 
 
+def test_depth_is_that_of_the_recipe_for_prompts_of_this_package_only(parse):
+    assert parse(text_classification)["depth"] == parse(accelerate_loop)["depth"] == "DEEP"
+    assert parse(text_classification, "--depth", "INPUT")["depth"] == "INPUT"
+    assert parse(text_classification, "--method", "lora")["depth"] is None
+    assert parse(causal_lm)["depth"] == "INPUT"
+
+
 def test_defaults_of_a_recipe_win_over_the_shared_ones(parse):
     assert parse(question_answering)["label_names"] == ["start_positions", "end_positions"]
     assert parse(text_classification)["label_names"] == ["labels"]

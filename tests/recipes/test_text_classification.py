@@ -83,13 +83,14 @@ def test_prompt_and_head_move_and_the_backbone_stays(trained):
     assert trained.moved == {
         name for name in trained.before if "ptuning_encoders" in name or "modules_to_save" in name
     }
-    assert len(trained.moved) == 3  # prompt, weight and bias of the head
+    assert len(trained.moved) == 2 * 2 + 2  # keys and values of two layers, weight and bias of the head
 
 
 def test_adapter_holds_prompt_and_head_only(trained):
     shapes = {name: tuple(t.shape) for name, t in load_file(trained.output / "adapter_model.safetensors").items()}
     labels = len(trained.model.config.id2label)
-    assert sorted(shapes.values()) == sorted([(4, 32), (labels, 32), (labels,)])
+    assert sorted(shapes.values()) == sorted([(2, 4, 16)] * 4 + [(labels, 32), (labels,)])
+    assert_deep_prompt_is_saved(trained, 4, 2, "RANDOM")
 
 
 def test_metrics_agree_with_predictions(trained, tiny):
@@ -135,7 +136,12 @@ def test_seed_decides_the_run(tiny, trained, tmp_path):
 
 
 def test_prompt_arguments_reach_the_adapter(tiny, tmp_path, capsys):
-    prompt = {"encoder": "RESIDUAL", "prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "what does it do"}
+    prompt = {
+        "depth": "INPUT",
+        "encoder": "RESIDUAL",
+        "prompt_tuning_init": "TEXT",
+        "prompt_tuning_init_text": "what does it do",
+    }
     run(recipe, {**tiny, **prompt, "max_steps": 1, "output_dir": tmp_path})
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["encoder_reparameterization_type"] == "RESIDUAL"
@@ -165,7 +171,7 @@ def test_deep_prompt_of_a_network_is_deployed_without_it(tiny, tmp_path):
 def test_deep_prompt_takes_no_positions_of_the_text(tiny, tmp_path):
     long = {**tiny, "max_length": 62, "max_steps": 1, "output_dir": tmp_path}
     with pytest.raises(ValueError, match=r"4 virtual tokens and `--max_length` 62 are 66 positions, .* has 64"):
-        run(recipe, long)
+        run(recipe, {**long, "depth": "INPUT"})
     run(recipe, {**long, "depth": "DEEP"})
 
 
@@ -246,7 +252,7 @@ def test_other_methods_train_the_same_thing(tiny, tmp_path, method, trained_name
 
 
 def test_a_network_is_not_counted_as_deployed(tiny, tmp_path, capsys):
-    run(recipe, {**tiny, "encoder": "MLP", "max_steps": 1, "output_dir": tmp_path})
+    run(recipe, {**tiny, "depth": "INPUT", "encoder": "MLP", "max_steps": 1, "output_dir": tmp_path})
     metrics = read_metrics(tmp_path)
     assert metrics["deployed_parameters"] == 4 * 32 + (32 + 1) * len(TINY_LABELS)  # the prompt and the head
     assert metrics["trained_parameters"] > metrics["deployed_parameters"]
@@ -263,8 +269,11 @@ def test_a_network_is_not_counted_as_deployed(tiny, tmp_path, capsys):
         ({"method": "lora", "encoder": "MLP"}, "`--encoder` is about a prompt, and `--method lora` has none"),
         ({"method": "lora", "depth": "DEEP"}, "`--depth` is about a prompt, and `--method lora` has none"),
         ({"depth": "DEEP", "encoder": "LSTM"}, "'LSTM' makes vectors for the input, and prompt_depth is 'DEEP'"),
-        ({"prompt_tuning_init": "ZERO_VALUES"}, "'ZERO_VALUES' is only used with prompt_depth='DEEP'"),
-        ({"encoder": "NONE", "encoder_dropout": 0.1}, "`encoder_dropout` has no meaning with"),
+        (
+            {"depth": "INPUT", "prompt_tuning_init": "ZERO_VALUES"},
+            "'ZERO_VALUES' is only used with prompt_depth='DEEP'",
+        ),
+        ({"depth": "INPUT", "encoder": "NONE", "encoder_dropout": 0.1}, "`encoder_dropout` has no meaning with"),
     ],
 )
 def test_arguments_that_a_method_lacks_are_refused(tiny, tmp_path, arguments, message):
@@ -319,9 +328,8 @@ def test_tensorboard_sees_the_prompt(tiny, tmp_path):
     run(recipe, {**tiny, "max_steps": 2, "report_to": "tensorboard", "output_dir": tmp_path})
     events = EventAccumulator(str(next(tmp_path.rglob("events.out.tfevents.*"))))
     events.Reload()
-    assert {"train/loss", "train/prompt_norm", "train/prompt_grad_norm", "train/prompt_effect"} <= set(
-        events.Tags()["scalars"]
-    )
+    names = ("loss", "prompt_key_norm_0", "prompt_value_norm_1", "prompt_grad_norm", "prompt_effect")
+    assert {f"train/{name}" for name in names} <= set(events.Tags()["scalars"])
 
 
 def test_model_card_is_the_packages_and_says_how_it_was_trained(tiny, trained, monkeypatch):
@@ -331,7 +339,7 @@ def test_model_card_is_the_packages_and_says_how_it_was_trained(tiny, trained, m
     )
     assert (card.data.library_name, card.data.pipeline_tag) == ("peft", "text-classification")
     assert {"p-tuning", "peft_ptuning_ext"} <= set(card.data.tags)
-    assert "| prompt | 4 vectors of 32, encoder `NONE` |" in card.text
+    assert "| prompt | keys and values of 4 positions in each of 2 layers, encoder `NONE` |" in card.text
     assert card.text.count("\n\n## Training\n\n") == 1
     before, after = metrics["before"]["accuracy"], metrics["after"]["accuracy"]
     assert f"| accuracy | {before:.4f} | {after:.4f} |" in card.text
@@ -380,7 +388,7 @@ BAD = [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}]
         ({}, [*BAD, {"text": None, "label": "x"}], BAD, "'text' of the train data has rows that are no text"),
         ({"model_name_or_path": "./no/such/model"}, BAD, BAD, r"no model folder \./no/such/model"),
         (
-            {"max_length": 61},
+            {"depth": "INPUT", "max_length": 61},
             BAD,
             BAD,
             "4 virtual tokens and `--max_length` 61 are 65 positions, and the model has 64",
