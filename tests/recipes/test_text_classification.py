@@ -328,7 +328,7 @@ def test_tensorboard_sees_the_prompt(tiny, tmp_path):
     run(recipe, {**tiny, "max_steps": 2, "report_to": "tensorboard", "output_dir": tmp_path})
     events = EventAccumulator(str(next(tmp_path.rglob("events.out.tfevents.*"))))
     events.Reload()
-    names = ("loss", "prompt_key_norm_0", "prompt_value_norm_1", "prompt_grad_norm", "prompt_effect")
+    names = ("loss", "prompt_norm_keys_0", "prompt_norm_values_1", "prompt_grad_norm", "prompt_effect")
     assert {f"train/{name}" for name in names} <= set(events.Tags()["scalars"])
 
 
