@@ -124,6 +124,7 @@ def test_deep_prompt_of_a_network(tiny, tmp_path):
 
 def test_the_best_epoch_comes_back(tiny, tmp_path):
     options = {
+        "depth": "INPUT",
         "learning_rate": 0.5,
         "num_train_epochs": 12,
         "early_stopping_patience": 2,
