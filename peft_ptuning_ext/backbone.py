@@ -240,6 +240,27 @@ def find_backbone(model: nn.Module) -> Backbone:
     )
 
 
+def why_not_in_decoder(decoder: PreTrainedModel) -> Optional[str]:
+    """Why the self-attention of an encoder-decoder's decoder can't be given keys and values; `None` if it can."""
+    parameters = inspect.signature(type(decoder).forward).parameters.values()
+    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+    if not takes_any or not hasattr(sys.modules[type(decoder).__module__], "ALL_ATTENTION_FUNCTIONS"):
+        return "its attention does not go through transformers' attention interface"
+    if (reason := _other_layers(decoder.config)) is not None:
+        return reason
+    implementation = decoder.config._attn_implementation
+    if implementation not in {*ATTENTION_NAMES, *ATTENTION_NAMES.values()}:
+        return f"its attention implementation is {implementation!r}, not one of {[*ATTENTION_NAMES]}"
+    if not any(getattr(module, "is_causal", None) is True for module in decoder.modules()):
+        return "its self-attention does not say that it is causal, and can't be told from its cross-attention"
+    return None
+
+
+def max_positions(stack: PreTrainedModel) -> Optional[int]:
+    """How many tokens the table of positions of a stack holds; `None` if it has no table."""
+    return _positions(stack)[1]
+
+
 def pool(backbone: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
     """Applies the backbone's own pooler to `hidden_states`, shape (B, S, H)."""
     pooler = POOLERS.get(backbone.config.model_type)

@@ -38,6 +38,14 @@ class PromptDepth(str, enum.Enum):
     DEEP = "DEEP"
 
 
+class PromptStacks(str, enum.Enum):
+    """Which stacks of an encoder-decoder have a deep prompt. See [`PTuningConfig`]."""
+
+    ENCODER = "ENCODER"
+    DECODER = "DECODER"
+    BOTH = "BOTH"
+
+
 class PromptInit(str, enum.Enum):
     """The starts of a prompt that PEFT's [`~peft.PromptTuningInit`] does not have. See [`PTuningConfig`]."""
 
@@ -80,9 +88,13 @@ class PTuningConfig(PeftConfig):
         prompt_depth (`PromptDepth` or `str`, defaults to `"INPUT"`):
             `"INPUT"`: V trainable vectors in front of the input embeddings. `"DEEP"`: V trainable keys and values in
             front of those of the text, in the attention of every layer.
+        prompt_stacks (`PromptStacks` or `str`, *optional*):
+            With `"DEEP"` on an encoder-decoder: which stack has the prompt, `"ENCODER"`, `"DECODER"` (in its
+            self-attention) or `"BOTH"`. Where nothing is given: the encoder. Elsewhere it must be left out.
         shift_positions (`bool`, defaults to `False`):
             With `"DEEP"`: whether the text's positions begin at V, as with PEFT's prefix tuning. By default they stay
-            the model's own. With `"INPUT"`, the text always stands behind the prompt.
+            the model's own. With `"INPUT"`, the text always stands behind the prompt. The decoder of an
+            encoder-decoder keeps its own positions.
         encoder_reparameterization_type (`PromptEncoderType` or `str`, *optional*):
             What the trainable parameters go through to become the prompt. `"NONE"`: nothing, they are the prompt.
             `"MLP"`: a perceptron, as in PEFT. `"LSTM"`: a bidirectional LSTM and a perceptron, as in the P-tuning
@@ -156,6 +168,7 @@ class PTuningConfig(PeftConfig):
     shift_positions: bool = field(default=False)
     prompt_template: Optional[PromptTemplate] = field(default=None)
     cloze: Optional[dict[str, Any]] = field(default=None)
+    prompt_stacks: Optional[Union[str, PromptStacks]] = field(default=None)
 
     # Read by PEFT's injection on every config. They are no fields: which module is adapted follows from the model.
     target_modules = None
@@ -180,6 +193,7 @@ class PTuningConfig(PeftConfig):
                 "always takes V positions."
             )
         self._resolve_template()
+        self._check_stacks()
         _check_int("num_virtual_tokens", self.num_virtual_tokens)
         for name in ("base_model_name_or_path", "revision", "peft_version"):
             if not isinstance(getattr(self, name), (str, NoneType)):
@@ -221,6 +235,31 @@ class PTuningConfig(PeftConfig):
             raise ValueError(
                 "`prompt_template` does not know the id of its placeholder yet, by which the model finds the slots. "
                 "Pass `template.for_tokenizer(tokenizer)`."
+            )
+
+    @property
+    def is_in_encoder(self) -> bool:
+        """Whether the encoder of an encoder-decoder, or the only stack of another model, has the prompt."""
+        return self.prompt_stacks is not PromptStacks.DECODER
+
+    @property
+    def is_in_decoder(self) -> bool:
+        """Whether the decoder of an encoder-decoder has a prompt of its own."""
+        return self.prompt_stacks in (PromptStacks.DECODER, PromptStacks.BOTH)
+
+    def _check_stacks(self) -> None:
+        if self.prompt_stacks is None:
+            return
+        self.prompt_stacks = _check_choice("prompt_stacks", self.prompt_stacks, *PromptStacks)
+        if not self.is_deep:
+            raise ValueError(
+                "`prompt_stacks` is only used with prompt_depth='DEEP'. A prompt in front of the input embeddings "
+                "always enters the encoder."
+            )
+        if self.is_in_decoder and self.shift_positions:
+            raise ValueError(
+                f"`shift_positions` has no meaning with prompt_stacks={self.prompt_stacks.value!r}: the decoder of an "
+                "encoder-decoder counts its positions by itself. Leave it out or choose prompt_stacks='ENCODER'."
             )
 
     def _check_modules_to_save(self) -> None:

@@ -24,6 +24,7 @@ from .adapters.vocabulary import allow_resizing, token_rows, train_token_rows
 from .backbone import find_backbone
 from .config import PromptInit, PTuningConfig
 from .files.checkpoint import ENCODER_KEY, TOKENS_KEY, check_state, saved_name
+from .forward import deep_decoder
 from .forward.deep import record_prompt, take_prompts
 from .forward.wrap import attach, why_in_row
 from .prompts.adapter import find_layer, find_stack
@@ -270,7 +271,7 @@ class PTuningModel(BaseTuner):
         if self._deep is not None:
             shapes = self._deep.shapes
             start = self._deep.states() if start is None else start
-            take_prompts(find_stack(self.model), self._backbone, self._deep.modules)
+            self._take_deep_prompts(peft_config)
         target.update_layer(adapter_name, peft_config, start, shapes)
         self._start = self._deep = None
         # A new module is in training mode: its dropout would act on a model that was put into evaluation mode before.
@@ -280,6 +281,13 @@ class PTuningModel(BaseTuner):
             # transformers loads a prompt to where its map has the embedding. That is not where the prompt is used, and
             # what belongs on disk is not loaded at all.
             self.model.hf_device_map[f"{current_key}{ENCODER_KEY}".rstrip(".")] = device
+
+    def _take_deep_prompts(self, peft_config: PTuningConfig) -> None:
+        stack = find_stack(self.model)
+        if peft_config.is_in_encoder:
+            take_prompts(stack, self._backbone, self._deep.modules)
+        if peft_config.is_in_decoder:
+            deep_decoder.take_prompts(stack, self.model.get_submodule(self._backbone.decoder))
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # PEFT's own leaves an encoder that is not upcast in the dtype that it was made in, which is not the base's.

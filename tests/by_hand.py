@@ -56,7 +56,11 @@ def cache_by_hand(base: PreTrainedModel, states: States, batch: dict, shift: boo
 
 @contextmanager
 def attending_by_hand(family: str, base: PreTrainedModel, states: States) -> Iterator[None]:
-    """Inside, every layer of an encoder attends to its keys and values, too."""
+    """Inside, every layer of an encoder attends to its keys and values, too.
+
+    So does the decoder of an encoder-decoder in its self-attention, if there are keys and values of its layers, whose
+    numbers follow those of the encoder.
+    """
     _, stack = embedding_and_backbone(base)
     if family in OWN_ATTENTION:
         name, forward = OWN_ATTENTION[family]
@@ -69,20 +73,29 @@ def attending_by_hand(family: str, base: PreTrainedModel, states: States) -> Ite
             for module in modules:
                 del module.forward
         return
-    inside, layers, before = set(stack.modules()), iter(states.values()), stack.config._attn_implementation
+    before, first = stack.config._attn_implementation, stack.config.num_hidden_layers
+    in_order = iter([pair for layer, pair in states.items() if layer < first])
+    layers = {module: in_order for module in stack.modules() if first > min(states)}
+    stacks = [stack]
+    if max(states) >= first:
+        stacks.append(base.get_decoder())
+        in_order = iter([pair for layer, pair in states.items() if layer >= first])
+        layers |= {module: in_order for module in stacks[1].modules() if getattr(module, "is_causal", False)}
 
     def attend(module, query, key, value, attention_mask, **kwargs):
-        if module not in inside:  # the decoder of an encoder-decoder, which has the same config
+        if module not in layers:  # cross-attention, or a stack without a prompt
             return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
-        return _attend(next(layers), query, key, value, attention_mask, **kwargs)
+        return _attend(next(layers[module]), query, key, value, attention_mask, **kwargs)
 
     AttentionInterface.register("by_hand", attend)
     AttentionMaskInterface.register("by_hand", eager_mask)
-    stack.config._attn_implementation = "by_hand"
+    for stack in stacks:
+        stack.config._attn_implementation = "by_hand"
     try:
         yield
     finally:
-        stack.config._attn_implementation = before
+        for stack in stacks:
+            stack.config._attn_implementation = before
 
 
 def _attend(states, query, key, value, mask, scaling=None, position_bias=None, sliding_window=None, **_):

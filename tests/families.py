@@ -154,11 +154,14 @@ FAMILIES = ENCODERS | DECODERS | ENCODER_DECODERS
 CELLS = [(name, task) for name, family in FAMILIES.items() for task in family.tasks]
 
 
-def make_model(family: str, task: str, attn_implementation: str | None = None, **overrides) -> PreTrainedModel:
+def make_model(
+    family: str | Family, task: str, attn_implementation: str | None = None, **overrides
+) -> PreTrainedModel:
     """A random float32 model in evaluation mode, the same at every call; biases and norms are random too."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = TASKS[task].from_config(FAMILIES[family].config(**overrides), attn_implementation=attn_implementation)
+        family = FAMILIES[family] if isinstance(family, str) else family
+        model = TASKS[task].from_config(family.config(**overrides), attn_implementation=attn_implementation)
         # Weights that start at zero or one would hide a missing bias or a wrong norm.
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.2) if parameter.dim() > 1 else parameter.data.add_(

@@ -7,7 +7,7 @@ from __future__ import annotations
 from os import PathLike
 
 import torch
-from families import PEFT_TASKS, TASKS, make_model
+from families import PEFT_TASKS, TASKS, Family, make_model
 from peft import PeftModel, get_peft_model
 from reference import V
 from transformers import TrainingArguments
@@ -26,7 +26,11 @@ def make_config(task: str | None = None, length: int = V, **options) -> PTuningC
 
 
 def make_adapted(
-    family: str = "Llama", task: str = "CAUSAL_LM", sizes: dict | None = None, adapter_name: str = "default", **options
+    family: str | Family = "Llama",
+    task: str = "CAUSAL_LM",
+    sizes: dict | None = None,
+    adapter_name: str = "default",
+    **options,
 ) -> PeftModel:
     """A tiny model with a prompt, in evaluation mode. `sizes` go to the model's config, `options` to the adapter's.
 

@@ -62,7 +62,7 @@ def check_adapter(
         is_in_peft_model (`bool`): Whether a `PeftModel` calls the model, rather than transformers itself.
 
     Raises:
-        ValueError: The task type, the names in the config, its length or offloaded weights don't fit.
+        ValueError: The task type, the names in the config, its length, its stacks or offloaded weights don't fit.
     """
     if is_in_peft_model:
         _check_task_type(model, config.task_type)
@@ -74,6 +74,11 @@ def check_adapter(
     _check_positions(model, backbone, config)
     _check_template(model, backbone, config)
     _check_cloze(model, config)
+    if config.prompt_stacks is not None and backbone.decoder is None:
+        raise ValueError(
+            f"`prompt_stacks` is {config.prompt_stacks.value!r}, and {type(model).__name__} is no encoder-decoder: it "
+            "has one stack, which gets the prompt. Leave `prompt_stacks` out."
+        )
 
 
 def _check_task_type(model: nn.Module, task_type: Optional[str]) -> None:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..backbone import Backbone, table_of
+from ..backbone import Backbone, max_positions, table_of
 from ..config import PromptInit, PTuningConfig
-from ..forward.deep import measure
+from ..forward import deep, deep_decoder
 from ..prompts.deep import Shapes, random_states, shapes_of
 from ..prompts.prompt import States
 from ..prompts.start import STATES_SAMPLE, spread_ids, starts_at_tokens, token_ids
@@ -24,7 +24,7 @@ class DeepStart:
     Args:
         config ([`PTuningConfig`]): The config of the new adapter.
         measured (`dict[int, tuple]`): Keys and values by layer that the model makes of N tokens, (1, heads, N, D).
-        modules (`dict[int, nn.Module]`): The attention of each layer, where it could be told.
+        modules (`dict[int, nn.Module]`): The attention of each layer of the backbone, where it could be told.
     """
 
     config: PTuningConfig
@@ -55,15 +55,28 @@ def find_deep_start(model: nn.Module, backbone: Backbone, config: PTuningConfig)
     Raises:
         ValueError: The model's attention can't be given keys and values, or the text of the start has no tokens.
     """
+    stacks = _stacks(model, backbone, config)
     stack = model.get_submodule(backbone.name)
     vocabulary = table_of(model.get_submodule(backbone.embedding_path)).num_embeddings
     if _is_of_tokens(config):
         ids, first_position = token_ids(config, vocabulary), _first_position(backbone, config)
-        _check_tokens(stack, backbone, ids)
+        _check_tokens(stacks, ids)
     else:
-        most = STATES_SAMPLE if backbone.max_positions is None else min(STATES_SAMPLE, backbone.max_positions)
-        ids, first_position = spread_ids(vocabulary, most), 0
-    return DeepStart(config, *measure(stack, backbone, ids, first_position))
+        limits = [limit for each in stacks if (limit := max_positions(each)) is not None]
+        ids, first_position = spread_ids(vocabulary, min([STATES_SAMPLE, *limits])), 0
+    measured, modules = {}, {}
+    if config.is_in_encoder:
+        measured, modules = deep.measure(stack, backbone, ids, first_position)
+    if config.is_in_decoder:
+        decoder = model.get_submodule(backbone.decoder)
+        measured = measured | deep_decoder.measure(stack, decoder, ids, first_position)
+    return DeepStart(config, measured, modules)
+
+
+def _stacks(model: nn.Module, backbone: Backbone, config: PTuningConfig) -> list[nn.Module]:
+    """The stacks that read tokens here: an encoder reads those of its decoder, too."""
+    paths = [backbone.name, backbone.decoder] if config.is_in_decoder else [backbone.name]
+    return [model.get_submodule(path) for path in paths]
 
 
 def _is_of_tokens(config: PTuningConfig) -> bool:
@@ -71,14 +84,14 @@ def _is_of_tokens(config: PTuningConfig) -> bool:
     return starts_at_tokens(config) and not config._from_file
 
 
-def _check_tokens(stack: nn.Module, backbone: Backbone, ids: torch.Tensor) -> None:
+def _check_tokens(stacks: list[nn.Module], ids: torch.Tensor) -> None:
     """Refuses to start at more tokens than the model can read."""
-    limit = backbone.max_positions
-    if limit is not None and len(ids) > limit:
-        raise ValueError(
-            f"A deep prompt that starts at tokens is {len(ids)} of them here, and {type(stack).__name__} can read "
-            f"{limit}. Choose a smaller `num_virtual_tokens` or prompt_tuning_init='RANDOM'."
-        )
+    for stack in stacks:
+        if (limit := max_positions(stack)) is not None and len(ids) > limit:
+            raise ValueError(
+                f"A deep prompt that starts at tokens is {len(ids)} of them here, and {type(stack).__name__} can read "
+                f"{limit}. Choose a smaller `num_virtual_tokens` or prompt_tuning_init='RANDOM'."
+            )
 
 
 def _first_position(backbone: Backbone, config: PTuningConfig) -> int:

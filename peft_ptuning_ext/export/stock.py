@@ -263,7 +263,7 @@ def _check_stock(
 def _why_no_prefix(task_type: str, backbone: Backbone, base_model: nn.Module) -> Optional[str]:
     """Why stock PEFT has no prefix tuning of a model that puts keys and values where a deep prompt has them."""
     if backbone.decoder is not None or task_type == "SEQ_2_SEQ_LM":
-        return "it puts keys and values in the decoder, and this package in the encoder"
+        return "it puts keys and values in the decoder's cache, where they take positions, and here they take none"
     takers = [base_model]
     if task_type in WITH_HEAD:  # else only the whole model is given a cache
         takers += [module for module in base_model.children() if isinstance(module, PreTrainedModel)][:1]

@@ -106,7 +106,7 @@ class InFront:
             kwargs["position_bias"] = functional.pad(bias[..., :tokens], (self.prompt.length, 0))
         if mask is None and window is None and not is_causal:
             pass  # all is seen
-        elif mask is None and window is None and queries == tokens:
+        elif mask is None and window is None and queries == tokens and bias is None:
             mask = causal_lower_right(tokens, key.shape[2])
         else:
             mask = self._mask(given_mask, mask, queries, tokens, window, key.device)

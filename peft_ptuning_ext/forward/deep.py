@@ -54,6 +54,10 @@ def run(
         ValueError: The attention implementation was changed to one that does not take a prompt, or a cache is needed
             and can't be used.
     """
+    if call.backbone.decoder is not None:
+        prompt = _encoder_part(stack, prompt)
+        if not prompt.states:  # only the decoder has one
+            return forward(**call.given)
     way = call.backbone.deep_way
     if way == "cache":
         return _run_behind_cache(stack, forward, call, prompt)
@@ -63,6 +67,17 @@ def run(
     if torch.is_grad_enabled() and in_attention.checkpoints_reentrantly(stack):
         call, prompt = _gather_gradients(call, prompt, embed)
     return in_attention.run(forward, call, prompt)
+
+
+def first_decoder_layer(stack: PreTrainedModel) -> int:
+    """The number of a decoder's first layer in a deep prompt: layers are numbered behind those of its encoder."""
+    return stack.config.num_hidden_layers
+
+
+def _encoder_part(stack: PreTrainedModel, prompt: Prompt) -> Prompt:
+    """The prompt in the layers of an encoder-decoder's encoder."""
+    first = first_decoder_layer(stack)
+    return dataclasses.replace(prompt, states={i: pair for i, pair in prompt.states.items() if i < first})
 
 
 def _gather_gradients(
@@ -171,13 +186,13 @@ def measure(
         ValueError: Its attention can't be reached.
     """
     if backbone.deep_way is None:
-        raise _refusal(stack, backbone.not_deep)
+        raise refusal(stack, backbone.not_deep)
     ids = token_ids[None].to(stack.device)
     arguments = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if first_position:
         positions = torch.arange(len(token_ids), device=stack.device)[None] + first_position
         arguments["position_ids"] = positions
-    with torch.no_grad(), _in_evaluation(stack), gather_params_ctx(stack.parameters()):
+    with torch.no_grad(), in_evaluation(stack), gather_params_ctx(stack.parameters()):
         if backbone.deep_way == "cache":
             return _fill_cache(stack, backbone, arguments), {}
         if backbone.deep_way == "projections":
@@ -185,12 +200,12 @@ def measure(
         try:
             recording = _record(stack, arguments)
         except NotRecorded as reason:
-            raise _refusal(stack, str(reason)) from None
+            raise refusal(stack, str(reason)) from None
         return recording.states, recording.modules
 
 
 @contextmanager
-def _in_evaluation(stack: nn.Module) -> Iterator[None]:
+def in_evaluation(stack: nn.Module) -> Iterator[None]:
     """Inside, nothing is drawn at random, and no prompt is in front.
 
     Quantized layers of bitsandbytes are in training mode. In evaluation on a CPU they repack their weights, and have
@@ -217,15 +232,20 @@ def _fill_cache(stack: PreTrainedModel, backbone: Backbone, arguments: dict[str,
 
 
 def _record(stack: PreTrainedModel, arguments: dict[str, Any]) -> Recording:
-    config, recording = stack.config, Recording()
-    implementation = config._attn_implementation
+    recording = Recording()
+    record_call(stack, arguments, recording)
+    check_recording(recording, stack.config)
+    return recording
+
+
+def record_call(stack: PreTrainedModel, arguments: dict[str, Any], recording: Any) -> None:
+    """Calls a stack so that its attention is handed to `recording`, whether or not it takes prompts by now."""
+    config, implementation = stack.config, stack.config._attn_implementation
     config._attn_implementation = ATTENTION_NAMES.get(implementation, implementation)
     try:
         stack(**arguments, **{KEYWORD: recording})
     finally:
         config._attn_implementation = implementation
-    check_recording(recording, config)
-    return recording
 
 
 def record_prompt(stack: PreTrainedModel, vectors: torch.Tensor) -> tuple[States, dict[int, nn.Module]]:
@@ -248,7 +268,7 @@ def record_prompt(stack: PreTrainedModel, vectors: torch.Tensor) -> tuple[States
     arguments = {"inputs_embeds": vectors[None].clone()}
     if "position_ids" in backbone.parameters:
         arguments["position_ids"] = torch.arange(len(vectors), device=vectors.device)[None]
-    with torch.no_grad(), _in_evaluation(stack), gather_params_ctx(stack.parameters()):
+    with torch.no_grad(), in_evaluation(stack), gather_params_ctx(stack.parameters()):
         if backbone.deep_way == "cache":
             return _fill_cache(stack, backbone, arguments), {}
         try:
@@ -303,8 +323,9 @@ def leave_prompts(stack: PreTrainedModel) -> None:
         vars(module).pop(LAYER, None)
 
 
-def _refusal(stack: nn.Module, reason: str) -> ValueError:
+def refusal(stack: nn.Module, reason: str, instead: str = "prompt_depth='INPUT'") -> ValueError:
+    """The error for a stack that takes no deep prompt, for a `reason`, and what to choose `instead`."""
     return ValueError(
         f"A prompt in every layer (prompt_depth='DEEP') can't be given to {type(stack).__name__}: {reason}. "
-        "Choose prompt_depth='INPUT'."
+        f"Choose {instead}."
     )

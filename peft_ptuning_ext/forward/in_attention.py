@@ -167,10 +167,10 @@ def record(config: Any, forward: Callable, vectors: torch.Tensor) -> States:
     return states
 
 
-def check_recording(recording: Recording, config: Any) -> None:
-    """Raises `NotRecorded` unless each layer of a backbone with this config called its attention once."""
+def check_recording(recording: Recording, config: Any, expected: Optional[int] = None) -> None:
+    """Raises `NotRecorded` unless each layer called its attention once: as many as the config says, or `expected`."""
     layers = len(recording.states)
-    if layers != config.num_hidden_layers:
+    if layers != (config.num_hidden_layers if expected is None else expected):
         raise NotRecorded("not all of its layers hand their arguments down to an attention of their own")
     if recording.attended != layers:
         raise NotRecorded("its layers attend more than once")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import operator
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -21,11 +20,11 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ..backbone import Backbone
-from ..prompts.adapter import ATTACHMENT, find_stack
-from ..prompts.layer import PTuningLayer
-from . import deep, in_attention, in_place, in_row
+from ..prompts.adapter import ATTACHMENT, find_stack, layer_of
+from . import deep, deep_decoder, in_attention, in_place, in_row
 from .attention import adapt_attention, restore_attention
 from .call import Call
+from .deep_decoder import DeepDecoder
 from .in_attention import NotRecorded, StoredStates
 
 
@@ -39,6 +38,8 @@ class Attachment:
         not_recorded (`str`, *optional*): Why keys and values can't be computed apart, as a first pass has shown.
         decoder_hook (`RemovableHandle`, *optional*): The hook on the decoder that attends to this backbone.
         own_forward (`Callable`, *optional*): A `forward` that the module itself had, rather than its class.
+        deep_decoder ([`~peft_ptuning_ext.forward.deep_decoder.DeepDecoder`], *optional*):
+            The decoder that attends to this backbone, if it takes deep prompts of its own.
     """
 
     backbone: Backbone
@@ -46,6 +47,7 @@ class Attachment:
     not_recorded: Optional[str] = None
     decoder_hook: Optional[RemovableHandle] = None
     own_forward: Optional[Callable] = None
+    deep_decoder: Optional[DeepDecoder] = None
 
 
 def run(stack: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
@@ -97,17 +99,6 @@ def why_in_row(stack: nn.Module) -> Optional[str]:
     return found or in_attention.why_not(stack)
 
 
-def layer_of(stack: nn.Module) -> PTuningLayer:
-    """Returns the tuner layer of a backbone that prompts are attached to."""
-    layer = operator.attrgetter(stack.ptuning.backbone.embedding)(stack)
-    if not isinstance(layer, PTuningLayer):
-        raise ValueError(
-            f"The input embedding of {type(stack).__name__} was replaced after the P-tuning adapter was added. "
-            "Resize or replace embeddings first and add the adapter then."
-        )
-    return layer
-
-
 def attach(model: nn.Module, backbone: Backbone) -> None:
     """Wraps the `forward` of the backbone in `model`; `detach` undoes it. After an error nothing is changed."""
     stack = model.get_submodule(backbone.name)
@@ -152,6 +143,7 @@ def detach(model: nn.Module) -> None:
         attachment.decoder_hook.remove()
     restore_attention(stack)
     deep.leave_prompts(stack)
+    deep_decoder.leave_prompts(stack)
     delattr(stack, ATTACHMENT)
 
 

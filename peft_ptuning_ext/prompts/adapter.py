@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Optional
@@ -73,6 +74,17 @@ def find_stack(model: nn.Module) -> Optional[nn.Module]:
 def find_layer(model: nn.Module) -> Optional[PTuningLayer]:
     """Finds the tuner layer of a model; `None` if there is none."""
     return next((module for module in model.modules() if isinstance(module, PTuningLayer)), None)
+
+
+def layer_of(stack: nn.Module) -> PTuningLayer:
+    """Returns the tuner layer of a backbone that prompts are attached to."""
+    layer = operator.attrgetter(stack.ptuning.backbone.embedding)(stack)
+    if not isinstance(layer, PTuningLayer):
+        raise ValueError(
+            f"The input embedding of {type(stack).__name__} was replaced after the P-tuning adapter was added. "
+            "Resize or replace embeddings first and add the adapter then."
+        )
+    return layer
 
 
 def find_adapter(model: nn.Module, adapter_name: Optional[str] = None) -> Adapter:

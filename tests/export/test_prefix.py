@@ -162,8 +162,8 @@ def test_trained_modules_go_to_stock_peft_and_back(modules, tmp_path) -> None:
 
 
 NO_PREFIX = {
-    ("T5", "SEQ_2_SEQ_LM"): "it puts keys and values in the decoder, and this package in the encoder",
-    ("BART", "SEQ_CLS"): "it puts keys and values in the decoder, and this package in the encoder",
+    ("T5", "SEQ_2_SEQ_LM"): "it puts keys and values in the decoder's cache, where they take positions",
+    ("BART", "SEQ_CLS"): "it puts keys and values in the decoder's cache, where they take positions",
     ("ALBERT", "SEQ_CLS"): "in a cache, which this model does not take",
     ("ModernBERT", "TOKEN_CLS"): "in a cache, which this model does not take",
     ("MPNet", "FEATURE_EXTRACTION"): "in a cache, which this model does not take",
