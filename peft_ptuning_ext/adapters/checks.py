@@ -76,8 +76,8 @@ def check_adapter(
     _check_cloze(model, config)
     if config.prompt_stacks is not None and backbone.decoder is None:
         raise ValueError(
-            f"`prompt_stacks` is {config.prompt_stacks.value!r}, and {type(model).__name__} is no encoder-decoder: it "
-            "has one stack, which gets the prompt. Leave `prompt_stacks` out."
+            f"`prompt_stacks` is {config.prompt_stacks.value!r}, and {type(model).__name__} has no decoder beside "
+            "the stack that gets the prompt. Leave `prompt_stacks` out."
         )
 
 

@@ -28,6 +28,10 @@ from .deep import check_implementation, first_decoder_layer, in_evaluation, reco
 from .in_attention import NotRecorded, check_recording, checkpoints_reentrantly
 
 
+# What to choose where a decoder takes no prompt.
+INSTEAD = "prompt_stacks='ENCODER' or prompt_depth='INPUT'"
+
+
 @dataclass
 class DeepDecoder:
     """What [`take_prompts`] did to a decoder.
@@ -185,7 +189,7 @@ def measure(
         ValueError: The decoder's self-attention can't be reached.
     """
     if (reason := why_not_in_decoder(decoder)) is not None:
-        raise refusal(decoder, reason, "prompt_stacks='ENCODER'")
+        raise refusal(decoder, reason, INSTEAD)
     ids = token_ids[None].to(stack.device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     parameters = [*stack.parameters(), *decoder.parameters()]
@@ -199,7 +203,7 @@ def measure(
     try:
         _check_layers(decoder, recording)
     except NotRecorded as reason:
-        raise refusal(decoder, str(reason), "prompt_stacks='ENCODER'") from None
+        raise refusal(decoder, str(reason), INSTEAD) from None
     first = first_decoder_layer(stack)
     return {first + index: pair for index, pair in sorted(recording.states.items())}
 

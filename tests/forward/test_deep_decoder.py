@@ -389,9 +389,9 @@ def test_where_it_starts(init: str) -> None:
 @pytest.mark.parametrize(
     ("family", "task", "options", "message"),
     [
-        ("Llama", "CAUSAL_LM", {"prompt_stacks": "BOTH"}, "LlamaForCausalLM is no encoder-decoder"),
-        ("BERT", "SEQ_CLS", {"prompt_stacks": "ENCODER"}, "BertForSequenceClassification is no encoder-decoder"),
-        ("T5", "TOKEN_CLS", {"prompt_stacks": "DECODER"}, "T5ForTokenClassification is no encoder-decoder"),
+        ("Llama", "CAUSAL_LM", {"prompt_stacks": "BOTH"}, "LlamaForCausalLM has no decoder beside"),
+        ("BERT", "SEQ_CLS", {"prompt_stacks": "ENCODER"}, "BertForSequenceClassification has no decoder beside"),
+        ("T5", "TOKEN_CLS", {"prompt_stacks": "DECODER"}, "T5ForTokenClassification has no decoder beside"),
         (
             "BART",
             TASK,
@@ -451,3 +451,35 @@ def test_an_implementation_that_does_not_see_it_is_refused() -> None:
     model.get_base_model().get_decoder().set_attn_implementation("eager")
     with pytest.raises(ValueError, match="of this T5Stack was changed to 'eager', which does not see a prompt"):
         model(**text())
+
+
+# What is compiled in parts reads `grad` of the tensors that it hands on from part to part.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@models
+def test_compiled_is_the_same(model_name: str) -> None:
+    model, batch = make_deep(model_name), text()
+    weights = torch.randn(2, 4, 99)
+
+    def outputs(called: nn.Module) -> list[torch.Tensor]:
+        model.zero_grad()
+        output = main_output(called(**batch))
+        (output * weights).sum().backward()
+        return [output, *(p.grad for p in model.parameters() if p.requires_grad)]
+
+    expected = outputs(model)
+    torch._dynamo.reset()
+    for found, value in zip(outputs(torch.compile(model, backend="aot_eager")), expected, strict=True):
+        torch.testing.assert_close(found, value, rtol=1e-4, atol=1e-4 * value.abs().max().item())
+
+
+@models
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_float32_prompt_on_a_half_precision_base(model_name: str, dtype: torch.dtype) -> None:
+    config = make_config(TASK, prompt_depth="DEEP", prompt_stacks="BOTH")
+    model = get_peft_model(make_base(model_name).to(dtype), config).eval()
+    output = main_output(model(**text()))
+    assert output.dtype == dtype
+    output.float().square().sum().backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert {p.dtype for p in trained} == {torch.float32}
+    assert all(torch.isfinite(p.grad).all() and p.grad.any() for p in trained)
