@@ -74,11 +74,7 @@ def check_adapter(
     _check_positions(model, backbone, config)
     _check_template(model, backbone, config)
     _check_cloze(model, config)
-    if config.prompt_stacks is not None and backbone.decoder is None:
-        raise ValueError(
-            f"`prompt_stacks` is {config.prompt_stacks.value!r}, and {type(model).__name__} has no decoder beside "
-            "the stack that gets the prompt. Leave `prompt_stacks` out."
-        )
+    _check_stacks(model, backbone, config)
 
 
 def _check_task_type(model: nn.Module, task_type: Optional[str]) -> None:
@@ -175,6 +171,15 @@ def _check_positions(model: nn.Module, backbone: Backbone, config: PTuningConfig
         raise ValueError(
             f"`shift_positions` is False, and {name} counts positions from behind the prompt in its cache. Pass "
             "shift_positions=True."
+        )
+
+
+def _check_stacks(model: nn.Module, backbone: Backbone, config: PTuningConfig) -> None:
+    """Refuses to choose a stack where there is one only."""
+    if config.prompt_stacks is not None and backbone.decoder is None:
+        raise ValueError(
+            f"`prompt_stacks` is {config.prompt_stacks.value!r}, and {type(model).__name__} has no decoder beside "
+            "the stack that gets the prompt. Leave `prompt_stacks` out."
         )
 
 
