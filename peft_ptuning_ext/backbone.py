@@ -405,7 +405,7 @@ def _deep_way(backbone: PreTrainedModel, is_causal: bool) -> tuple[Optional[str]
         return None, reason
     if getattr(config, "add_cross_attention", False):
         return None, "it has cross-attention"
-    if any(type(module).__name__ in KEY_VALUE_PROJECTIONS for module in backbone.modules()):
+    if any(map(key_value_projections, backbone.modules())):
         return "projections", None
     takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
     has_interface = hasattr(sys.modules[type(backbone).__module__], "ALL_ATTENTION_FUNCTIONS")
@@ -418,6 +418,13 @@ def _deep_way(backbone: PreTrainedModel, is_causal: bool) -> tuple[Optional[str]
         known = [*ATTENTION_NAMES]
         return None, f"its attention implementation is {config._attn_implementation!r}, not one of {known}"
     return None, "its attention does not go through transformers' attention interface"
+
+
+def key_value_projections(module: nn.Module) -> Optional[tuple[str, str]]:
+    """The names of the modules that make the keys and values of an attention that calculates by itself, or `None`."""
+    names = KEY_VALUE_PROJECTIONS.get(type(module).__name__)
+    # DeBERTa's attention has the name of DeBERTa-v2's, and one projection for queries, keys and values.
+    return names if names is not None and all(hasattr(module, name) for name in names) else None
 
 
 def _why_not_recorded(backbone: PreTrainedModel, first_position: int) -> Optional[str]:

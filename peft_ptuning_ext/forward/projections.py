@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from ..backbone import KEY_VALUE_PROJECTIONS
+from ..backbone import key_value_projections
 from ..prompts.prompt import Prompt, States
 from .call import Call
 
@@ -87,7 +87,7 @@ def attach(stack: PreTrainedModel) -> None:
     for layer, attention in enumerate(_attentions(stack)):
         handles = [attention.register_forward_pre_hook(_widen, with_kwargs=True)]
         handles.append(attention.register_forward_hook(_trim))
-        for kind, name in zip(("key", "value"), KEY_VALUE_PROJECTIONS[type(attention).__name__], strict=True):
+        for kind, name in zip(("key", "value"), key_value_projections(attention), strict=True):
             hook = functools.partial(_put_in_front, layer, kind, _heads(attention))
             handles.append(getattr(attention, name).register_forward_hook(hook))
         setattr(attention, HANDLES, handles)
@@ -109,7 +109,7 @@ def is_attached(stack: PreTrainedModel) -> bool:
 
 
 def _attentions(stack: PreTrainedModel) -> list[nn.Module]:
-    return [module for module in stack.modules() if type(module).__name__ in KEY_VALUE_PROJECTIONS]
+    return [module for module in stack.modules() if key_value_projections(module)]
 
 
 def _heads(attention: nn.Module) -> int:

@@ -166,7 +166,8 @@ def random_states(sample: States, length: int, zero_values: bool = False) -> Sta
 
     def draw(states: torch.Tensor) -> torch.Tensor:
         mean, std = states.mean(2, keepdim=True), states.std(2, keepdim=True, correction=0)
-        return mean + std * torch.randn(1, states.shape[1], length, states.shape[3])
+        # Drawn on the CPU, so that a seed gives the same prompt on every device.
+        return mean + std * torch.randn(1, states.shape[1], length, states.shape[3]).to(states.device)
 
     return {
         layer: (draw(key), torch.zeros_like(draw(value)) if zero_values else draw(value))

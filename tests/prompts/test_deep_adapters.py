@@ -20,6 +20,8 @@ from transformers import (
     AttentionMaskInterface,
     BertConfig,
     BertModel,
+    DebertaConfig,
+    DebertaModel,
     Qwen3NextConfig,
     Qwen3NextModel,
 )
@@ -27,6 +29,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from peft_ptuning_ext import PromptTemplate, PTuningConfig, PTuningLayer
+from peft_ptuning_ext.prompts.deep import random_states
 
 
 DEEP = {"prompt_depth": "DEEP"}
@@ -94,6 +97,12 @@ def test_dropout_alone_asks_for_no_network() -> None:
             "BertModel: it has cross-attention",
         ),
         (
+            lambda: DebertaModel(
+                DebertaConfig(vocab_size=99, hidden_size=32, num_attention_heads=4, num_hidden_layers=2)
+            ),
+            "DebertaModel: its attention does not go through transformers' attention interface",
+        ),
+        (
             lambda: Qwen3NextModel(
                 Qwen3NextConfig(
                     vocab_size=99,
@@ -120,10 +129,19 @@ def test_dropout_alone_asks_for_no_network() -> None:
 def test_models_that_are_refused_stay_as_they_were(model, reason: str) -> None:
     base = model()
     names = [(name, type(module)) for name, module in base.named_modules()]
+    attention = base.config._attn_implementation
     with pytest.raises(ValueError, match=f"prompt_depth='DEEP'.*{reason}.*Choose prompt_depth='INPUT'"):
         get_peft_model(base, PTuningConfig(**DEEP))
     assert [(name, type(module)) for name, module in base.named_modules()] == names
-    assert base.config._attn_implementation == "sdpa"
+    assert base.config._attn_implementation == attention
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in base.modules())
+
+
+def test_a_random_start_is_made_where_the_model_is() -> None:
+    # The meta device stands for any that is not the CPU: it refuses to add numbers of both.
+    sample = torch.empty(1, 2, 7, 4, device="meta")
+    key, value = random_states({0: (sample, sample)}, V)[0]
+    assert key.device == value.device == sample.device
 
 
 def test_an_attention_that_no_prompt_reaches() -> None:
