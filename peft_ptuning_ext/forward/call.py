@@ -161,6 +161,14 @@ class Call:
                 "shared, `position_ids` that begin anew with each text."
             )
 
+    def check_one_text(self) -> None:
+        """Refuses rows in which positions begin anew, where only the first text would see the prompt."""
+        if self.backbone.is_causal and self.is_packed:
+            raise ValueError(
+                f"{self.stack} got several texts packed into one row, of which only the first would see the prompt. "
+                "Pass one text per row, padded, with an attention mask."
+            )
+
     def check_lengths(self, before: int, length: int, mask: Optional[torch.Tensor]) -> None:
         """Refuses a mask that is too short, and a text that has no positions left.
 

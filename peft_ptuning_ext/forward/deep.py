@@ -131,6 +131,7 @@ def _run_behind_cache(stack: PreTrainedModel, forward: Callable, call: Call, pro
             "gradient checkpointing. Turn gradient checkpointing off."
         )
     _check_padding(call)
+    call.check_one_text()  # here, because behind a cache no row counts as packed
     is_own = cache is None
     cache = DynamicCache(config=stack.config) if is_own else full_view(cache)
     if in_row.is_static(cache):

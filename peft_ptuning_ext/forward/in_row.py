@@ -190,8 +190,4 @@ def _check(call: Call, why_in_row: Callable[[], Optional[str]]) -> None:
                 f"{call.stack} got the per-token input `{name}` of shape {tuple(value.shape)}, for which P-tuning has "
                 "no rule: what a virtual token's value should be is not known."
             )
-    if call.backbone.is_causal and call.is_packed:
-        raise ValueError(
-            f"{call.stack} got several texts packed into one row, of which only the first would see the prompt. "
-            "Pass one text per row, padded, with an attention mask."
-        )
+    call.check_one_text()

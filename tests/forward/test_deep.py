@@ -69,6 +69,12 @@ def test_gradients_are_those_of_keys_and_values_in_front(family: str, task: str)
             torch.testing.assert_close(gradient, state.grad, rtol=1e-4, atol=1e-5 * state.grad.abs().max().item())
 
 
+def test_packed_rows_are_refused_where_a_cache_holds_the_prompt() -> None:
+    model, ids = make_deep("Falcon", "CAUSAL_LM"), torch.arange(5, 13)[None]
+    with pytest.raises(ValueError, match="FalconModel got several texts packed into one row"):
+        model(input_ids=ids, position_ids=torch.arange(4).repeat(2)[None])
+
+
 @families
 @torch.no_grad()
 def test_outputs_have_the_length_of_the_text(family: str, task: str) -> None:
