@@ -160,7 +160,7 @@ def test_a_recipe_in_two_processes_is_the_recipe_in_one(tmp_path) -> None:
     assert files(tmp_path / "two") == expected | {f"{state}_{process}.pth" for state in states for process in (0, 1)}
 
     one, two = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
-    for key in ("loss", "prompt_norm", "prompt_effect"):
+    for key in ("loss", "prompt_shift", "prompt_effect"):
         values = [[entry[key] for entry in run["history"]] for run in (one, two)]
         assert values[0] == pytest.approx(values[1], rel=1e-4), key
     for key in ("accuracy", "macro_f1"):  # the loss counts rows that fill up the last batch
