@@ -20,8 +20,8 @@ from peft.utils.integrations import gather_params_ctx
 from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from ..backbone import ATTENTION_NAMES, DISTANCE_BY_MASK, Backbone
-from ..prompts.layer import PTuningLayer
+from ..backbone import ATTENTION_NAMES, DISTANCE_BY_MASK, Backbone, table_of
+from ..prompts.layer import PTuningLayer, execution_device
 from ..prompts.prompt import Prompt, States
 from . import in_attention, in_row, projections
 from .attention import KEYWORD, LAYER, Recording, adapt_attention, layer_of
@@ -188,10 +188,12 @@ def measure(
     """
     if backbone.deep_way is None:
         raise refusal(stack, backbone.not_deep)
-    ids = token_ids[None].to(stack.device)
-    arguments = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    ids = token_ids[None].to(_device(stack, backbone))
+    arguments = {"input_ids": ids}
+    if not ids.is_meta:  # there, transformers can't look whether a mask hides anything
+        arguments["attention_mask"] = torch.ones_like(ids)
     if first_position:
-        positions = torch.arange(len(token_ids), device=stack.device)[None] + first_position
+        positions = torch.arange(len(token_ids), device=ids.device)[None] + first_position
         arguments["position_ids"] = positions
     with torch.no_grad(), in_evaluation(stack), gather_params_ctx(stack.parameters()):
         if backbone.deep_way == "cache":
@@ -203,6 +205,12 @@ def measure(
         except NotRecorded as reason:
             raise refusal(stack, str(reason)) from None
         return recording.states, recording.modules
+
+
+def _device(stack: PreTrainedModel, backbone: Backbone) -> int | str | torch.device:
+    """Where a backbone computes, which is not where an offloaded one has its weights."""
+    device = execution_device(table_of(stack.get_submodule(backbone.embedding)))
+    return stack.device if device is None else device
 
 
 @contextmanager

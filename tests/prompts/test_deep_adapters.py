@@ -10,8 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import safetensors.torch
 import torch
+from accelerate import cpu_offload
 from by_hand import deep_by_hand
-from families import make_model
+from families import FAMILIES, TASKS, make_model
 from making import make_adapted, make_config
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from reference import V, main_output, make_batch, unmasked
@@ -142,6 +143,24 @@ def test_a_random_start_is_made_where_the_model_is() -> None:
     sample = torch.empty(1, 2, 7, 4, device="meta")
     key, value = random_states({0: (sample, sample)}, V)[0]
     assert key.device == value.device == sample.device
+
+
+@models
+def test_it_is_added_to_a_model_without_weights(family: str, task: str) -> None:
+    with torch.device("meta"):
+        base = TASKS[task].from_config(FAMILIES[family].config())
+    model = get_peft_model(base, make_config(task, **DEEP))
+    found = {tuple(t.shape) for pair in model.prompt_key_values().values() for t in pair}
+    assert found == {tuple(t.shape) for pair in make_deep(family, task).prompt_key_values().values() for t in pair}
+
+
+@torch.no_grad()
+def test_it_is_added_to_a_model_whose_weights_are_offloaded(tmp_path) -> None:
+    model, batch = make_deep("Llama", "CAUSAL_LM"), make_batch("Llama", "CAUSAL_LM")
+    model.save_pretrained(tmp_path)
+    base = cpu_offload(make_model("Llama", "CAUSAL_LM"), execution_device="cpu")
+    loaded = PeftModel.from_pretrained(base, tmp_path).eval()
+    torch.testing.assert_close(loaded(**batch).logits, model(**batch).logits, rtol=0, atol=1e-6)
 
 
 def test_an_attention_that_no_prompt_reaches() -> None:
