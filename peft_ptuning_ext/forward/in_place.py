@@ -52,7 +52,7 @@ def run(forward: Callable, call: Call, layer: PTuningLayer, dtype: torch.dtype) 
     embeds = layer.embed(call.tokens)
     vectors = prompt.vectors[0][order[slots]].to(embeds)
     arguments = call.arguments(input_ids=None, inputs_embeds=embeds.masked_scatter(slots[..., None], vectors))
-    if (positions := _positions(call)) is not None:
+    if (positions := positions_of_ids(call)) is not None:
         arguments["position_ids"] = positions
     output = forward(**arguments)
     noted = Prompt(prompt.names, prompt.length, filled=filled)
@@ -62,7 +62,7 @@ def run(forward: Callable, call: Call, layer: PTuningLayer, dtype: torch.dtype) 
     return output
 
 
-def _positions(call: Call) -> Optional[torch.Tensor]:
+def positions_of_ids(call: Call) -> Optional[torch.Tensor]:
     """The positions of the ids, (B, S), where the backbone would not find them by itself; or `None`.
 
     A decoder that is told none counts what is no padding, as `generate` does. Models that count tokens from behind a

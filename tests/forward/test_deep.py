@@ -408,3 +408,20 @@ def _tensors(value) -> list[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         return [value]
     return [tensor for item in value for tensor in _tensors(item)] if isinstance(value, (tuple, list)) else []
+
+
+@pytest.mark.parametrize("family", ["RoBERTa", "XLM-R", "GPT-2"])
+def test_reentrant_checkpointing_keeps_the_positions_of_the_ids(family: str) -> None:
+    model, batch = make_deep(family, "FEATURE_EXTRACTION"), make_batch(family, "FEATURE_EXTRACTION")
+    del batch["attention_mask"]  # padding is then known by its id only
+    expected = main_output(model(**batch)).detach()
+    getattr(model.get_base_model(), f"{CHECKPOINTING}_enable")({"use_reentrant": True})
+    for module in model.get_base_model().modules():
+        module.training = isinstance(module, GradientCheckpointingLayer)
+        if isinstance(module, PreTrainedModel):
+            module.config.use_cache = False
+    for module in model.modules():
+        for rate in ("dropout", "activation_dropout", "hidden_dropout"):
+            if isinstance(getattr(module, rate, None), float):
+                setattr(module, rate, 0.0)
+    torch.testing.assert_close(main_output(model(**batch)), expected, rtol=0, atol=1e-5)

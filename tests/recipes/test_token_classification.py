@@ -126,13 +126,14 @@ def test_prompt_and_head_move_and_the_backbone_stays(trained):
     assert trained.moved == {
         name for name in trained.before if "ptuning_encoders" in name or "modules_to_save" in name
     }
-    assert len(trained.moved) == 3  # prompt, weight and bias of the head
+    assert len(trained.moved) == 2 * 2 + 2  # keys and values of two layers, weight and bias of the head
 
 
 def test_adapter_holds_prompt_and_head_only(trained):
     labels = len(trained.model.config.id2label)
     tensors = load_file(trained.output / "adapter_model.safetensors").values()
-    assert sorted(tuple(tensor.shape) for tensor in tensors) == sorted([(4, 32), (labels, 32), (labels,)])
+    assert sorted(tuple(tensor.shape) for tensor in tensors) == sorted([(2, 4, 16)] * 4 + [(labels, 32), (labels,)])
+    assert_deep_prompt_is_saved(trained, 4, 2, "RANDOM")
 
 
 def test_metrics_are_those_of_the_predictions_on_whole_texts(trained, tiny):
@@ -204,9 +205,10 @@ def test_resumed_run_equals_an_uninterrupted_one(trained, tiny, tmp_path):
     assert outcome(resumed.output) == outcome(trained.output)
 
 
-def test_deep_prompt(tiny, tmp_path):
-    done = train(recipe, {**tiny, "depth": "DEEP", "max_steps": 4, "eval_strategy": "no"}, tmp_path)
-    assert_deep_prompt_is_saved(done, tiny["num_virtual_tokens"], 2, "RANDOM")
+def test_prompt_at_the_input(tiny, tmp_path):
+    done = train(recipe, {**tiny, "depth": "INPUT", "max_steps": 4, "eval_strategy": "no"}, tmp_path)
+    (prompt,) = (name for name in done.moved if "ptuning_encoders" in name)
+    assert done.before[prompt].shape == (4, 32)
 
 
 @pytest.mark.parametrize("method", ["peft_prefix", "lora", "head"])
@@ -291,7 +293,7 @@ OUTSIDE = [{"tokens": ["a"], "ner_tags": ["O"]}]
         ({}, NUMBERS, GOOD, r"train\.jsonl and .*validation\.jsonl can't be read as one table: "),
         ({"method": "peft_ptuning"}, GOOD, GOOD, "Stock P-tuning can't do token classification: "),
         (
-            {"max_length": 61},
+            {"depth": "INPUT", "max_length": 61},
             GOOD,
             GOOD,
             "4 virtual tokens and `--max_length` 61 are 65 positions, and the model has 64",
