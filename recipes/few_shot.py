@@ -133,7 +133,7 @@ def make_cloze(task: Task) -> Learner:
 
 
 def make_zero_shot(task: Task) -> Learner:
-    """The same language model and words without a prompt and without training; calibrated, since it learns nothing."""
+    """The same language model and words without a prompt and without training."""
     learner = make_cloze(task)
     template = PromptTemplate(task.few.template, ["text"], task.few.placeholder).for_tokenizer(learner.tokenizer)
     cloze = learner.model.unload()
