@@ -152,6 +152,15 @@ def test_gradient_checkpointing_changes_nothing(family: str, task: str, use_reen
         torch.testing.assert_close(found, gradient, rtol=1e-5, atol=1e-5 * gradient.abs().max().item())
 
 
+def test_reentrant_checkpointing_leaves_positions_alone_that_are_counted_from_ids() -> None:
+    model, batch = make_deep("RoBERTa", "SEQ_CLS"), make_batch("RoBERTa", "SEQ_CLS", pad_left=True)
+    expected = main_output(model(**batch))
+    for module in model.modules():
+        module.training = isinstance(module, GradientCheckpointingLayer)
+    getattr(model.get_base_model(), f"{CHECKPOINTING}_enable")({"use_reentrant": True})
+    torch.testing.assert_close(main_output(model(**batch)), expected, rtol=0, atol=1e-6)
+
+
 @families
 @pytest.mark.parametrize("encoder", ["NONE", "MLP"])
 @torch.no_grad()
