@@ -8,6 +8,7 @@ import warnings
 from typing import TYPE_CHECKING, Any, Optional
 
 import torch
+from accelerate.utils import DistributedType
 from peft.utils.integrations import gather_params_ctx
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -24,7 +25,9 @@ MIN_EFFECT = 0.001
 
 
 class PromptMonitor(TrainerCallback):
-    """Logs the prompt beside the loss, and warns once when it does not learn, or at the start if it is frozen.
+    """Logs the prompt beside the loss, and warns once when it does not learn.
+
+    A prompt that is frozen, or that the optimizer does not hold, is told at the start.
 
     Each log entry that has a loss gains
 
@@ -71,10 +74,14 @@ class PromptMonitor(TrainerCallback):
         self._highest_grad_norm = 0.0
         self._losses: list[float] = []
         name = layer.active_adapters[0]
-        is_frozen = not any(p.requires_grad for p in layer.ptuning_encoders[name].parameters())
-        if is_frozen and state.is_world_process_zero:
-            warnings.warn(_advise_to_unfreeze(name), stacklevel=2)
-        self._has_warned = is_frozen
+        trained = [p for p in layer.ptuning_encoders[name].parameters() if p.requires_grad]
+        advice = None if trained else _advise_to_unfreeze(name)
+        is_single = args.distributed_state.distributed_type == DistributedType.NO  # DeepSpeed trains copies
+        if trained and is_single and not _is_held(trained, kwargs["optimizer"]):
+            advice = _advise_new_trainer(name)
+        if advice is not None and state.is_world_process_zero:
+            warnings.warn(advice, stacklevel=2)
+        self._has_warned = advice is not None
         self._batch = self._first_rows(kwargs.get("train_dataloader"), args.device)
 
     def on_pre_optimizer_step(
@@ -161,6 +168,19 @@ def _advise_to_unfreeze(adapter_name: str) -> str:
         f"The prompt of the adapter {adapter_name!r} is frozen: this training does not change it. Adapters are loaded "
         "for inference unless `is_trainable=True` is given. To train it, load it with "
         "`PeftModel.from_pretrained(model, folder, is_trainable=True)` and make the trainer with that model."
+    )
+
+
+def _is_held(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer holds one of the parameters."""
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    return any(id(parameter) in held for parameter in parameters)
+
+
+def _advise_new_trainer(adapter_name: str) -> str:
+    return (
+        f"The optimizer does not hold the prompt of the adapter {adapter_name!r}: this training does not change it. "
+        "The adapter was added, unfolded or folded after the optimizer was made. Make a new trainer."
     )
 
 

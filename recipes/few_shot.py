@@ -71,7 +71,12 @@ class FewShotArguments:
     max_length: int = field(default=96, metadata={"help": "Longer texts are cut to this many tokens."})
     shots: int = field(default=8, metadata={"help": "Examples per class."})
     draws: int = field(default=2, metadata={"help": "How often the examples are drawn anew."})
-    methods: list[str] | None = field(default=None, metadata={"help": "Some of the methods. Default: all of them."})
+    methods: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Some of template_cloze, zero_shot, prompt_head, deep_prompt_head, lora_head, head. Default: all."
+        },
+    )
     language_model: str | None = field(
         default=None, metadata={"help": "Causal language model for the template. Default: a toy of this recipe."}
     )
@@ -96,7 +101,7 @@ class Task:
     """What all methods share: the models' names, the data and its labels, the arguments."""
 
     encoder: str
-    language_model: str
+    language_model: str | None  # for the methods that read words
     labels: list[str]
     few: FewShotArguments
     training: TrainingArguments
@@ -135,15 +140,11 @@ def make_cloze(task: Task) -> Learner:
 def make_zero_shot(task: Task) -> Learner:
     """The same language model and words without a prompt and without training."""
     learner = make_cloze(task)
-    template = PromptTemplate(task.few.template, ["text"], task.few.placeholder).for_tokenizer(learner.tokenizer)
+    template = learner.model.peft_config["default"].prompt_template
     cloze = learner.model.unload()
-    encode = template.map_function(learner.tokenizer, task.few.max_length)
-
-    def without_slots(rows: dict) -> dict:
-        ids = [[i for i in row if i != template.placeholder_id] for row in encode(rows)["input_ids"]]
-        return {"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids]}
-
-    return Learner(cloze, learner.tokenizer, without_slots, 0.0)
+    cloze.calibrate(template, keep_slots=False)
+    encode = template.map_function(learner.tokenizer, task.few.max_length, keep_slots=False)
+    return Learner(cloze, learner.tokenizer, encode, 0.0)
 
 
 def _load_encoder(task: Task, learning_rate: float) -> Learner:
@@ -252,6 +253,10 @@ def write_results(scores: dict[str, list[float]], task: Task) -> str:
     return "\n".join(lines)
 
 
+def _find_language_model(few: FewShotArguments) -> str:
+    return find_model(few.language_model) if few.language_model else find_small_model(TOY)
+
+
 def main(argv: list[str] | None = None) -> None:
     dataclasses = [ModelArguments, DataArguments, FewShotArguments, TrainingArguments]
     model_args, data_args, few, training = parse_arguments(dataclasses, TRAINING_DEFAULTS, argv)
@@ -265,7 +270,7 @@ def main(argv: list[str] | None = None) -> None:
     data, labels = number_labels(data, few.text_column, few.label_column)
     task = Task(
         encoder=find_model(model_args.model_name_or_path or find_packaged_encoder()),
-        language_model=find_model(few.language_model) if few.language_model else find_small_model(TOY),
+        language_model=_find_language_model(few) if {"template_cloze", "zero_shot"} & {*names} else None,
         labels=labels,
         few=few,
         training=training,

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, default_data_collator
 from transformers.integrations.neftune import activate_neftune
 
-from peft_ptuning_ext import PromptMonitor, to_prompt_embeds
+from peft_ptuning_ext import PromptMonitor, fold_prompt, to_prompt_embeds
 
 
 V = 4
@@ -252,6 +252,16 @@ def test_a_frozen_prompt_is_told_before_the_first_step(tmp_path) -> None:
     assert "learning rate" not in messages[0]
     assert steps[0] >= 1
     assert {entry["prompt_shift"] for entry in logged(trainer)} == {0}
+
+
+def test_a_prompt_that_was_replaced_behind_the_optimizer_is_told(tmp_path) -> None:
+    trainer = make_short_run(tmp_path, make_adapted("BERT", "SEQ_CLS", encoder_reparameterization_type="MLP"))
+    PromptMonitor.watch(trainer)
+    trainer.train()
+    fold_prompt(trainer.model)
+    with pytest.warns(UserWarning, match="The optimizer does not hold the prompt of the adapter 'default'"):
+        trainer.train()
+    assert logged(trainer)[-1]["prompt_shift"] == 0
 
 
 def test_outputs_like_the_bases_are_told(tmp_path, monkeypatch) -> None:

@@ -25,9 +25,9 @@ def fold_prompt(model: nn.Module, adapter_name: Optional[str] = None) -> None:
     """Replaces the network of a prompt (`MLP`, `LSTM`, `RESIDUAL`) by the numbers that come out of it, in place.
 
     These are V × H vectors, or the keys and values of a deep prompt. Outputs in evaluation mode stay bitwise the same,
-    and what is saved shrinks to the numbers. They are trained further as such if the network was trained; an optimizer
-    made before still holds the network. Dropout inside a network goes with it. That of a deep prompt stays, because it
-    acts on the keys and values.
+    and what is saved shrinks to the numbers. They are trained further as such if the network was trained. An optimizer
+    or trainer that was made before still holds the network, so make a new one. Dropout inside a network goes with it.
+    That of a deep prompt stays, because it acts on the keys and values.
 
     Args:
         model (`PeftModel` or a transformers model): The model that has the adapter.
@@ -52,9 +52,9 @@ def unfold_prompt(model: nn.Module, adapter_name: Optional[str] = None) -> None:
 
     On a causal decoder, V vectors at the input become V keys and values in every layer, whatever the text is. They are
     what a deep prompt with `shift_positions=True` consists of. Outputs in evaluation mode stay the same up to
-    rounding, and training goes on in every layer. An optimizer made before still holds the former parameters. Calls
-    with `token_type_ids`, which GPT-2 takes, are an exception: a deep prompt has no token type, and so no embedding of
-    one.
+    rounding, and training goes on in every layer. An optimizer or trainer that was made before still holds the former
+    parameters, so make a new one. Calls with `token_type_ids`, which GPT-2 takes, are an exception: a deep prompt has
+    no token type, and so no embedding of one.
 
     Args:
         model (`PeftModel` or a transformers model): The model that has the adapter.
@@ -62,12 +62,17 @@ def unfold_prompt(model: nn.Module, adapter_name: Optional[str] = None) -> None:
 
     Raises:
         ValueError:
-            There is no such adapter, its prompt is deep already, or the prompt's keys and values depend on the text
-            (in an encoder, say). The model is then as it was.
+            There is no such adapter, its prompt is deep already, it has a template, or the prompt's keys and values
+            depend on the text (in an encoder, say). The model is then as it was.
     """
     adapter = find_adapter(model, adapter_name)
     if adapter.is_deep:
         raise ValueError(f"The prompt of adapter {adapter.name!r} is deep already.")
+    if adapter.config.prompt_template is not None:
+        raise ValueError(
+            f"The vectors of adapter {adapter.name!r} stand where its `prompt_template` says. Their keys and values "
+            "depend on the text in front of them, so they are no deep prompt."
+        )
     stack, layer = find_stack(model), adapter.layer
     states, modules = record_prompt(stack, adapter.prompt().to(layer.dtype or stack.dtype))
     config = _without_network(adapter.config)

@@ -83,6 +83,8 @@ class ClozeClassifier(nn.Module):
         TypeError: A value has the wrong type.
     """
 
+    input_modalities = ("text",)  # a pipeline shows it
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -200,15 +202,19 @@ class ClozeClassifier(nn.Module):
         return torch.stack([torch.stack([scores[ids] for ids in words]).logsumexp(0) for words in self.words], dim=-1)
 
     @torch.no_grad()
-    def calibrate(self, template: PromptTemplate, content_free: Sequence[str] = CONTENT_FREE) -> torch.Tensor:
+    def calibrate(
+        self, template: PromptTemplate, content_free: Sequence[str] = CONTENT_FREE, keep_slots: bool = True
+    ) -> torch.Tensor:
         """Sets the bias of `calibration="contextual"`: minus the log of what inputs that say nothing are taken for.
 
-        Call it for the model as it is to be used: with a trained prompt, after the training.
+        Call it before the training, which then begins with classes that are equally likely. After the training it
+        would take away some of what was learned.
 
         Args:
             template ([`PromptTemplate`]): What makes an input of a text; the text is put into each of its columns.
             content_free (`Sequence[str]`): Texts that say nothing. Those that hold a mask are left out for a masked
                 model.
+            keep_slots (`bool`, defaults to `True`): `False` for a model without the prompt.
 
         Returns:
             `torch.Tensor`: The bias, (C,).
@@ -220,7 +226,7 @@ class ClozeClassifier(nn.Module):
         if calibration.kind != "contextual":
             raise ValueError(f"`calibrate` is for calibration='contextual', and this one is {calibration.kind!r}.")
         texts = [text for text in content_free if not (self.is_masked and self.tokenizer.mask_token in text)]
-        encode = template.map_function(self.tokenizer, num_masks=self.num_masks)
+        encode = template.map_function(self.tokenizer, num_masks=self.num_masks, keep_slots=keep_slots)
         batch = self.tokenizer.pad(encode(dict.fromkeys(template.columns, texts)), return_tensors="pt").to(self.device)
         was_training = self.training
         self.eval()

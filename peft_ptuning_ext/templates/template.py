@@ -14,6 +14,7 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from itertools import compress
 from types import NoneType
 from typing import Any, NoReturn, Optional
 
@@ -201,7 +202,11 @@ class PromptTemplate:
         return {name: values[0] for name, values in batch.items()}
 
     def map_function(
-        self, tokenizer: PreTrainedTokenizerBase, max_length: Optional[int] = None, num_masks: int = 1
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: Optional[int] = None,
+        num_masks: int = 1,
+        keep_slots: bool = True,
     ) -> RowEncoder:
         """Returns a function for `datasets.Dataset.map(function, batched=True)`, which can be pickled.
 
@@ -211,6 +216,8 @@ class PromptTemplate:
                 How many tokens a row may have, virtual and special ones among them. By default the tokenizer's
                 `model_max_length`. Longer rows are cut in the columns that `shortenable` names.
             num_masks (`int`, defaults to 1): How many masks `{mask}` stands for.
+            keep_slots (`bool`, defaults to `True`):
+                With `False` the slots are left out, for a model without the prompt. The rest of a row is the same.
 
         Returns:
             [`RowEncoder`]
@@ -218,10 +225,15 @@ class PromptTemplate:
         Raises:
             ValueError: As of [`~PromptTemplate.for_tokenizer`], or what is fixed in the text is too long.
         """
-        return RowEncoder(self.for_tokenizer(tokenizer), tokenizer, max_length, num_masks)
+        return RowEncoder(self.for_tokenizer(tokenizer), tokenizer, max_length, num_masks, keep_slots)
 
-    def render(self, tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any]) -> str:
-        """Returns a row as a text in which the slots are the placeholder's name, such as for a message of a chat.
+    def render(self, tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], num_masks: int = 1) -> str:
+        """Returns a row as a text in which the slots are the placeholder's name, for a pipeline or a chat's message.
+
+        Args:
+            tokenizer (`PreTrainedTokenizerBase`): The model's; it is not changed.
+            row (`Mapping[str, Any]`): A value for each column.
+            num_masks (`int`, defaults to 1): How many masks `{mask}` stands for.
 
         Raises:
             ValueError:
@@ -233,7 +245,7 @@ class PromptTemplate:
                 f"This {type(tokenizer).__name__} has {template.placeholder!r} in its vocabulary, and does not find "
                 f"it in a text. {_how_to_add(template.placeholder)} Its id stays the same."
             )
-        encoder = RowEncoder(template, tokenizer)
+        encoder = RowEncoder(template, tokenizer, num_masks=num_masks)
         encoder({name: [value] for name, value in row.items()})  # for its checks
         return encoder.render(row)
 
@@ -252,7 +264,8 @@ class RowEncoder:
     Args:
         template ([`PromptTemplate`]): With its placeholder's id.
         tokenizer (`PreTrainedTokenizerBase`): The model's; it is not changed.
-        max_length (`int`, *optional*), num_masks (`int`, defaults to 1): As in [`PromptTemplate.map_function`].
+        max_length (`int`, *optional*), num_masks (`int`, defaults to 1), keep_slots (`bool`, defaults to `True`):
+            As in [`PromptTemplate.map_function`].
 
     Raises:
         ValueError: What is fixed in the template is too long, or does not yield the slots.
@@ -264,6 +277,7 @@ class RowEncoder:
         tokenizer: PreTrainedTokenizerBase,
         max_length: Optional[int] = None,
         num_masks: int = 1,
+        keep_slots: bool = True,
     ):
         for name, value in {"max_length": max_length, "num_masks": num_masks}.items():
             if value is not None and (type(value) is not int or value < 1):
@@ -271,6 +285,7 @@ class RowEncoder:
         self.template = template
         self.tokenizer, self.slot = _find_in_texts(tokenizer, template.placeholder)
         self.max_length = min(max_length or NO_LIMIT, tokenizer.model_max_length)
+        self.keep_slots = keep_slots
         self.counts = {template.placeholder_id: template.num_virtual_tokens}
         self.mask = ""
         if template.has_mask and tokenizer.mask_token is not None:
@@ -303,7 +318,11 @@ class RowEncoder:
                 shorter = self._tokenize([self._cut(row, f"Row {i}")])
                 for name, column in shorter.items():
                     encoded[name][i] = column[0]
-        return encoded
+        return encoded if self.keep_slots else self._without_slots(encoded)
+
+    def _without_slots(self, encoded: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
+        is_text = [[i != self.template.placeholder_id for i in ids] for ids in encoded["input_ids"]]
+        return {name: list(map(list, map(compress, rows, is_text))) for name, rows in encoded.items()}
 
     def render(self, row: Mapping[str, Any]) -> str:
         """Returns a row as a text in which slots and masks are tokens that [`RowEncoder.tokenizer`] finds."""
@@ -355,9 +374,10 @@ class RowEncoder:
             written = {token, self.slot} if token_id == self.template.placeholder_id else {token}
             names = [name for name, value in row.items() if written & set(self.tokenizer.tokenize(value))]
             culprit = f"column {names[0]!r} holds {token!r}, which" if names else f"{token!r}"
+            way_out = ", or choose another `placeholder`" if token_id == self.template.placeholder_id else ""
             raise ValueError(
                 f"{where}: {culprit} stands for a slot or mask of the template. It is there {found} times, and the "
-                f"template has {expected}. Take it out of the text, or choose another `placeholder`."
+                f"template has {expected}. Take it out of the text{way_out}."
             )
 
 

@@ -69,9 +69,11 @@ class Method:
 METHODS = {
     "ptuning": Method("this package, NONE", {"method": "ptuning", "depth": "INPUT", "encoder": "NONE"}),
     "ptuning_mlp": Method("this package, MLP", {"method": "ptuning", "depth": "INPUT", "encoder": "MLP"}),
-    "ptuning_deep": Method("this package, deep", {"method": "ptuning", "depth": "DEEP", "encoder": "NONE"}),
+    "ptuning_deep": Method(
+        "this package, deep", {"method": "ptuning", "depth": "DEEP", "encoder": "NONE", "num_virtual_tokens": 32}
+    ),
     "peft_ptuning": Method("PEFT P-tuning", {"method": "peft_ptuning"}),
-    "peft_prefix": Method("PEFT prefix tuning", {"method": "peft_prefix"}),
+    "peft_prefix": Method("PEFT prefix tuning", {"method": "peft_prefix", "num_virtual_tokens": 32}),
     "lora": Method("LoRA, r = 8", {"method": "lora"}),
     "head": Method("head only", {"method": "head"}),
 }

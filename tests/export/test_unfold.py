@@ -16,7 +16,14 @@ from peft import PeftModel, get_peft_model
 from reference import V, make_batch, unmasked
 from torch import nn
 
-from peft_ptuning_ext import export_standalone, fold_prompt, to_prompt_embeds, unfold_prompt
+from peft_ptuning_ext import (
+    PromptTemplate,
+    PTuningConfig,
+    export_standalone,
+    fold_prompt,
+    to_prompt_embeds,
+    unfold_prompt,
+)
 
 
 ROUNDS = {"rtol": 1e-5, "atol": 1e-5}  # a prompt at the input may be concatenated
@@ -172,6 +179,14 @@ def test_keys_and_values_that_depend_on_the_text_are_refused(family, task) -> No
     assert model.get_base_model().config._attn_implementation == implementation
     with torch.no_grad():
         assert torch.equal(model(**batch).logits, expected)
+
+
+def test_vectors_among_the_text_are_refused() -> None:
+    template = PromptTemplate("{prompt:2} {text}", placeholder="<p>", placeholder_id=98)
+    model = get_peft_model(make_model("Llama", "CAUSAL_LM"), PTuningConfig("CAUSAL_LM", prompt_template=template))
+    with pytest.raises(ValueError, match="stand where its `prompt_template` says"):
+        unfold_prompt(model)
+    assert model.peft_config["default"].prompt_depth == "INPUT"
 
 
 def test_what_only_a_pass_of_the_prompt_finds_out_is_refused() -> None:

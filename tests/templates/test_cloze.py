@@ -169,6 +169,20 @@ def test_trainer_and_pipeline(family: str, calibration: str | None, tmp_path) ->
     assert torch.equal(loaded(**batch).logits, model(**batch).logits)
 
 
+@torch.no_grad()
+def test_a_pipeline_reads_words_of_several_tokens() -> None:
+    cloze, template = make_cloze("BERT")
+    tokenizer = cloze.tokenizer
+    model = get_peft_model(cloze, PTuningConfig("SEQ_CLS", prompt_template=template)).eval()
+    classify = pipeline("text-classification", model=model, tokenizer=tokenizer, device="cpu")
+    assert "text" in repr(classify)
+    assert cloze.num_masks > 1
+    text = template.render(tokenizer, {"text": "A bird sang"}, num_masks=cloze.num_masks)
+    row = template.map_function(tokenizer, num_masks=cloze.num_masks)({"text": ["A bird sang"]})
+    expected = model(**{name: torch.tensor(values) for name, values in row.items()}).logits.softmax(-1).max()
+    assert classify(text)[0]["score"] == pytest.approx(expected.item(), rel=1e-5)
+
+
 @pytest.mark.parametrize("family", ["BERT", "Llama"])
 @torch.no_grad()
 def test_contextual_calibration(family: str, tmp_path) -> None:
@@ -195,6 +209,19 @@ def test_contextual_calibration(family: str, tmp_path) -> None:
 
 
 @torch.no_grad()
+@torch.no_grad()
+def test_calibration_of_the_model_without_a_prompt() -> None:
+    cloze, template = make_cloze("BERT", calibration="contextual")
+    cloze.eval()
+    bias = cloze.calibrate(template, ["N/A", "a bird"], keep_slots=False)
+    encode = template.map_function(cloze.tokenizer, num_masks=cloze.num_masks)
+    rows = encode({"text": ["N/A", "a bird"]})["input_ids"]
+    rows = {"input_ids": [[i for i in ids if i != template.placeholder_id] for ids in rows]}
+    batch = cloze.tokenizer.pad(rows, return_tensors="pt")
+    expected = -cloze.class_scores(batch["input_ids"], batch["attention_mask"]).softmax(-1).mean(0).log()
+    torch.testing.assert_close(bias, expected)
+
+
 def test_calibration_without_an_adapter() -> None:
     cloze, template = make_cloze("Llama", calibration="contextual")
     batch = make_batch(cloze, template)
