@@ -255,8 +255,8 @@ def _check_stock(
             reason = f"{name} scales the embeddings of token ids only, and it hands over embeddings"
     if reason is not None and force is None:
         raise ValueError(
-            f"Stock PEFT computes something else for {task_type}: {reason}. Stay with this package, or pass "
-            f"force={task_type!r} to take it all the same."
+            f"Stock PEFT computes something else for {task_type}: {reason}. Keep using this package. "
+            f"With force={task_type!r} it is taken all the same, and outputs differ."
         )
 
 
