@@ -95,9 +95,11 @@ def _check_filled(call: Call, filled: torch.Tensor, length: int) -> Optional[tor
         behind = "" if call.cache is None else ", with those in the cache"
         raise ValueError(
             f"Row {row} of `input_ids` has {counts[row]} tokens with the placeholder's id{behind}, and the adapter's "
-            f"prompt template has {length}. Encode each row with the template once: `template.encode(tokenizer, row)`."
+            f"prompt template has {length}. Encode rows with the template once: `template.encode(tokenizer, row)`. "
+            "What changes ids behind that must leave slots alone: truncation, packing, and collators that mask "
+            "tokens. They leave alone what `special_tokens_mask` marks."
         )
-    return None if min(counts) == length else filled
+    return None if min(counts, default=length) == length else filled
 
 
 def _check_none_left(call: Call, slots: torch.Tensor) -> None:

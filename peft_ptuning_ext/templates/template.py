@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import compress
+from numbers import Number
 from types import NoneType
 from typing import Any, NoReturn, Optional
 
@@ -302,13 +303,13 @@ class RowEncoder:
 
         Raises:
             ValueError:
-                A column is missing, a value holds the placeholder or the mask, or a row is too long with the columns
-                cut that may be. The message names the row.
-            TypeError: A value is neither a text nor a number.
+                A column is missing, columns differ in length or have no rows, a value holds the placeholder or the
+                mask, or a row is too long with the columns cut that may be. The message names the row.
+            TypeError: A column is no list of values, or a value is neither a text nor a number.
         """
         if missing := [name for name in self.template.columns if name not in rows]:
             raise ValueError(f"The template has the column {missing[0]!r}, and the data has {list(rows)}.")
-        size = len(rows[next(iter(rows))])
+        size = _count_rows({name: rows[name] for name in self.template.columns} or rows)
         values = [{name: rows[name][i] for name in self.template.columns} for i in range(size)]
         values = [_as_texts(row, f"Row {i}") for i, row in enumerate(values)]
         encoded = self._tokenize(values)
@@ -318,6 +319,7 @@ class RowEncoder:
                 shorter = self._tokenize([self._cut(row, f"Row {i}")])
                 for name, column in shorter.items():
                     encoded[name][i] = column[0]
+                self._check_counts(encoded["input_ids"][i], row, f"Row {i}, once cut")  # half a word may be a slot
         return encoded if self.keep_slots else self._without_slots(encoded)
 
     def _without_slots(self, encoded: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
@@ -444,8 +446,21 @@ def _find_in_texts(tokenizer: PreTrainedTokenizerBase, name: str) -> tuple[PreTr
     return told, MARKER
 
 
+def _count_rows(columns: Mapping[str, Sequence[Any]]) -> int:
+    for name, values in columns.items():
+        if not hasattr(values, "__len__") or isinstance(values, (str, bytes)):
+            raise TypeError(
+                f"Column {name!r} must be a list of values, got {values!r}. Pass `batched=True` to `Dataset.map`, or "
+                "encode one row with `template.encode(tokenizer, row)`."
+            )
+    lengths = {name: len(values) for name, values in columns.items()}
+    if len(set(lengths.values())) != 1 or 0 in lengths.values():
+        raise ValueError(f"Columns must have the same number of rows, at least 1, got {lengths}.")
+    return next(iter(lengths.values()))
+
+
 def _as_texts(row: Mapping[str, Any], where: str) -> dict[str, str]:
     for name, value in row.items():
-        if not isinstance(value, (str, int, float)):
+        if not isinstance(value, (str, Number)):  # NumPy's numbers, too
             raise TypeError(f"{where}: column {name!r} must be a text or a number, got {value!r}.")
     return {name: str(value) for name, value in row.items()}

@@ -7,14 +7,23 @@ from __future__ import annotations
 import json
 import pickle
 from dataclasses import replace
+from decimal import Decimal
 
+import numpy
 import pytest
 import torch
 from datasets import Dataset
 from families import make_model
+from making import make_adapted
 from peft import PeftModel, get_peft_model
-from tiny_tokenizers import CHAT, KINDS, make_tokenizer
-from transformers import AddedToken, BertTokenizer, DataCollatorWithPadding, PreTrainedTokenizerBase
+from tiny_tokenizers import CHAT, KINDS, TEXTS, make_tokenizer
+from transformers import (
+    AddedToken,
+    BertTokenizer,
+    DataCollatorForLanguageModeling,
+    DataCollatorWithPadding,
+    PreTrainedTokenizerBase,
+)
 
 from peft_ptuning_ext import PromptTemplate, PTuningConfig
 from peft_ptuning_ext.templates.template import MARKER
@@ -253,6 +262,21 @@ def test_data_brings_no_slot_in(value: str, message: str) -> None:
             make(tokenizer, {"a": value})
 
 
+def test_a_collator_that_masks_tokens_leaves_marked_slots_alone() -> None:
+    tokenizer = with_slot("BERT", padding_side="right")
+    template = PromptTemplate("{a} {prompt:3} {b}").for_tokenizer(tokenizer)
+    encode = template.map_function(tokenizer)
+    rows = [{"input_ids": ids} for ids in encode({"a": TEXTS, "b": TEXTS})["input_ids"]]
+    slots = (template.placeholder_id, *tokenizer.all_special_ids)
+    marked = [{**row, "special_tokens_mask": [int(i in slots) for i in row["input_ids"]]} for row in rows]
+    model = make_adapted("BERT", "masked LM", sizes={"vocab_size": len(tokenizer)}, length=3, prompt_template=template)
+    options = {"mlm_probability": 0.9, "mask_replace_prob": 0.9, "random_replace_prob": 0}
+    collate = DataCollatorForLanguageModeling(tokenizer, **options)
+    assert model(**collate(marked)).loss.isfinite()
+    with pytest.raises(ValueError, match="collators that mask tokens"):
+        model(**collate(rows))
+
+
 @pytest.mark.parametrize("value", ["{prompt:3}", "{mask}", "{", "}}", "{0.__class__}", "%s {a!r:>9}", "\\n", ""])
 def test_data_with_braces_stays_text(value: str) -> None:
     tokenizer = with_slot("GPT-2")
@@ -336,8 +360,32 @@ def test_rows_that_are_refused() -> None:
     tokenizer, template = with_slot("GPT-2"), PromptTemplate("{a} {b} {prompt}")
     with pytest.raises(ValueError, match=r"has the column 'b', and the data has \['a', 'c'\]"):
         template.encode(tokenizer, {"a": "x", "c": "y"})
+    encode = template.map_function(tokenizer)
     with pytest.raises(TypeError, match="Row 1: column 'b' must be a text or a number, got None"):
-        template.map_function(tokenizer)({"a": ["x", "y"], "b": ["x", None]})
+        encode({"a": ["x", "y"], "b": ["x", None]})
+    with pytest.raises(TypeError, match="Column 'a' must be a list of values, got 'xy'.*`batched=True`"):
+        encode({"a": "xy", "b": "zz"})
+    for rows in ({"a": ["x"], "b": ["y", "z"]}, {"a": [], "b": []}):
+        with pytest.raises(ValueError, match="must have the same number of rows, at least 1"):
+            encode(rows)
+    with pytest.raises(ValueError, match="at least 1, got {}"):
+        PromptTemplate("{prompt} once").map_function(tokenizer)({})
+
+
+def test_numbers_of_other_libraries() -> None:
+    tokenizer, template = with_slot("GPT-2"), PromptTemplate("{a} {prompt}")
+    for value in (numpy.int64(3), numpy.float32(2.5), Decimal("1.5")):
+        assert template.encode(tokenizer, {"a": value}) == template.encode(tokenizer, {"a": str(value)})
+
+
+def test_a_cut_brings_no_slot_in() -> None:
+    """Half of "morning" may be a word that the placeholder is."""
+    tokenizer = with_slot("BERT")
+    tokenizer.add_tokens([AddedToken("morn", single_word=True)])
+    template = PromptTemplate("{prompt} {a}", ["a"], placeholder="morn")
+    assert template.map_function(tokenizer)({"a": ["mornings on"]})["input_ids"]
+    with pytest.raises(ValueError, match="Row 0, once cut: .*is there 2 times, and the template has 1"):
+        template.map_function(tokenizer, max_length=4)({"a": ["mornings on"]})
 
 
 def test_the_mask_of_a_causal_model_is_the_end() -> None:
