@@ -27,6 +27,14 @@ CALIBRATIONS = (None, "contextual", "trained")
 # take it for a mask.
 CONTENT_FREE = ("N/A", "", "[MASK]")
 
+# What trainers and PEFT ask the model itself about running layers again in the backward pass. Releases of transformers
+# have some of these names, with `activation` in place of `gradient` since 5.23.
+OF_LANGUAGE_MODEL = (
+    *("gradient_checkpointing_enable", "gradient_checkpointing_disable", "is_gradient_checkpointing"),
+    *("activation_checkpointing_enable", "activation_checkpointing_disable", "is_activation_checkpointing"),
+    *("enable_input_require_grads", "disable_input_require_grads"),
+)
+
 
 class Calibration(nn.Module):
     """What is done to the scores of C classes: nothing, a fixed bias (`"contextual"`), or a trained scale and bias.
@@ -84,6 +92,7 @@ class ClozeClassifier(nn.Module):
     """
 
     input_modalities = ("text",)  # a pipeline shows it
+    base_model_prefix = "lm"  # PEFT asks where the model is whose weights have other names in older files
 
     def __init__(
         self,
@@ -147,6 +156,11 @@ class ClozeClassifier(nn.Module):
     def device(self) -> torch.device:
         """Where the language model is."""
         return self.lm.device
+
+    def __getattr__(self, name: str) -> Any:
+        if name in OF_LANGUAGE_MODEL:
+            return getattr(self.lm, name)
+        return super().__getattr__(name)
 
     def can_generate(self) -> bool:
         """A classifier writes no texts."""

@@ -13,6 +13,7 @@ from datasets import Dataset
 from families import ENCODERS, make_model
 from making import make_arguments
 from peft import LoraConfig, PeftModel, get_peft_model
+from releases import CHECKPOINTING
 from tiny_tokenizers import make_tokenizer
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -74,6 +75,17 @@ def score_by_hand(cloze: ClozeClassifier, model: nn.Module, template: PromptTemp
                 scores.append(sum(logits[len(row) - 1 + i, token] for i, token in enumerate(ids)))
         classes.append(torch.stack(scores).logsumexp(0))
     return torch.stack(classes)
+
+
+@pytest.mark.parametrize("family", ["GPT-NeoX", "Mixtral", "Qwen3-MoE"])
+@torch.no_grad()
+def test_models_whose_weights_had_other_names(family: str, tmp_path) -> None:
+    cloze, template = make_cloze(family, calibration="trained")
+    model = get_peft_model(cloze, PTuningConfig("SEQ_CLS", prompt_template=template)).eval()
+    batch = make_batch(cloze, template)
+    model.save_pretrained(tmp_path)
+    loaded = ClozeClassifier.from_pretrained(make_cloze(family)[0].lm, cloze.tokenizer, str(tmp_path)).eval()
+    assert torch.equal(loaded(**batch).logits, model(**batch).logits)
 
 
 FAMILIES = ["BERT", "RoBERTa", "DeBERTa-v2", "ModernBERT", "Llama", "GPT-2", "OPT", "Bloom", "Gemma 2"]
@@ -181,6 +193,27 @@ def test_a_pipeline_reads_words_of_several_tokens() -> None:
     row = template.map_function(tokenizer, num_masks=cloze.num_masks)({"text": ["A bird sang"]})
     expected = model(**{name: torch.tensor(values) for name, values in row.items()}).logits.softmax(-1).max()
     assert classify(text)[0]["score"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("depth", ["INPUT", "DEEP"])
+@pytest.mark.parametrize("family", ["BERT", "Llama"])
+def test_gradient_checkpointing_changes_nothing(family: str, depth: str, use_reentrant: bool, tmp_path) -> None:
+    found = []
+    for is_on in (False, True):
+        cloze, template = make_cloze(family)
+        batch = make_batch(cloze, template)
+        config = {"prompt_template": template} if depth == "INPUT" else {"prompt_depth": "DEEP"}
+        torch.manual_seed(0)
+        model = get_peft_model(cloze, PTuningConfig("SEQ_CLS", **config))
+        options = {CHECKPOINTING: is_on, f"{CHECKPOINTING}_kwargs": {"use_reentrant": use_reentrant}}
+        arguments = make_arguments(tmp_path, max_steps=2, save_strategy="no", learning_rate=0.1, **options)
+        rows = [{name: value[i] for name, value in batch.items()} | {"labels": i} for i in range(3)]
+        Trainer(model, arguments, train_dataset=rows).train()
+        assert any(getattr(module, "gradient_checkpointing", False) for module in cloze.modules()) == is_on
+        found.append([parameter.detach() for parameter in model.parameters() if parameter.requires_grad])
+    for with_it, without in zip(*found, strict=True):
+        torch.testing.assert_close(with_it, without, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["BERT", "Llama"])
