@@ -198,8 +198,14 @@ def _check_template(model: nn.Module, backbone: Backbone, config: PTuningConfig)
 
 
 def _check_cloze(model: nn.Module, config: PTuningConfig) -> None:
-    """Refuses an adapter for label words that this model does not have."""
+    """Refuses an adapter for label words that this model does not have, and one that would not save a calibration."""
     found = getattr(model, "cloze_settings", None)
+    if found is not None and found["calibration"] is not None and "score" not in (config.modules_to_save or ()):
+        raise ValueError(
+            f"The calibration {found['calibration']!r} of a {type(model).__name__} is trained and saved beside the "
+            "adapter, which PEFT does for task_type='SEQ_CLS'. Pass this task type, or name 'score' in "
+            "`modules_to_save`."
+        )
     if config.cloze is not None and config.cloze != found:
         raise ValueError(
             f"The adapter was trained on a ClozeClassifier with {config.cloze}, and {type(model).__name__} has "

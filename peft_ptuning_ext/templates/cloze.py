@@ -139,11 +139,14 @@ class ClozeClassifier(nn.Module):
             kwargs: For [`~peft.PeftModel.from_pretrained`].
 
         Raises:
-            ValueError: The adapter is another kind of adapter, or does not fit the model.
+            ValueError: The adapter is another kind of adapter, or does not fit the model or the tokenizer.
         """
-        settings = getattr(PeftConfig.from_pretrained(model_id), "cloze", None)
+        config = PeftConfig.from_pretrained(model_id)
+        settings = getattr(config, "cloze", None)
         if settings is None:
             raise ValueError(f"The adapter {model_id} was not trained on a ClozeClassifier: its config has no words.")
+        if config.prompt_template is not None:
+            config.prompt_template.for_tokenizer(tokenizer)  # for its checks
         settings = {**settings, "label_words": dict(settings["label_words"])}
         return PeftModel.from_pretrained(cls(model, tokenizer, **settings), model_id, **kwargs)
 
@@ -289,7 +292,7 @@ class ClozeClassifier(nn.Module):
         """By word, its log-probability behind the text, (B,): one pass over each text with the beginnings of words."""
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         last = mask.shape[1] - 1 - mask.flip(1).long().argmax(1)  # (B,), of the unmasked tokens
-        self._check_end(ids, last)
+        self._check_end(ids, last, mask)
         beginnings = list(dict.fromkeys(word[:-1] for words in self.words for word in words))
         room = max(len(beginning) for beginning in beginnings)
         columns = last[:, None] + torch.arange(room + 1, device=ids.device)  # (B, room+1), where words are read
@@ -322,17 +325,20 @@ class ClozeClassifier(nn.Module):
         needed, kept = columns.unique(return_inverse=True)
         return self.lm(**rows, **options, logits_to_keep=needed).logits, kept
 
-    def _check_end(self, ids: torch.Tensor, last: torch.Tensor) -> None:
-        """Refuses texts that end in a mask, behind which a causal model expects something else."""
-        token_id = self.tokenizer.mask_token_id
-        if token_id is None or torch.compiler.is_compiling():
+    def _check_end(self, ids: torch.Tensor, last: torch.Tensor, mask: torch.Tensor) -> None:
+        """Refuses texts that end in a mask or in the end of all text: a causal model expects something else there."""
+        ends = {self.tokenizer.mask_token_id: "Leave {mask} out of the template."}
+        ends[self.tokenizer.eos_token_id] = (
+            "Encode texts without the token that says so, as with `tokenizer.add_eos_token = False`."
+        )
+        if torch.compiler.is_compiling():
             return
-        ends = ids.gather(1, last[:, None])[:, 0] == token_id
-        if ends.any():
-            raise ValueError(
-                f"Row {int(ends.nonzero()[0])} of `input_ids` ends in the mask token, and a causal model reads words "
-                "behind the text. Leave {mask} out of the template."
-            )
+        for row, token_id in enumerate(ids.gather(1, last[:, None])[:, 0].tolist()):
+            if token_id in ends and mask[row].sum() > 1:  # an empty text may be that token, with which texts begin
+                raise ValueError(
+                    f"Row {row} of `input_ids` ends in {self.tokenizer.convert_ids_to_tokens(token_id)!r}, and a "
+                    f"causal model reads words behind the text. {ends[token_id]}"
+                )
 
 
 def check_settings(settings: object) -> dict[str, Any]:

@@ -317,8 +317,12 @@ def test_rows_that_are_refused() -> None:
     causal, _ = make_cloze("Llama")
     causal.tokenizer.mask_token = "<mask>"
     ids = torch.tensor([[5, 6], [7, causal.tokenizer.mask_token_id]])
-    with pytest.raises(ValueError, match="Row 1 of `input_ids` ends in the mask token"):
+    with pytest.raises(ValueError, match="Row 1 of `input_ids` ends in '<mask>'.*Leave {mask} out"):
         causal(ids)
+    ids[1, 1] = causal.tokenizer.eos_token_id
+    with pytest.raises(ValueError, match="Row 1 of `input_ids` ends in '</s>'.*add_eos_token = False"):
+        causal(ids)
+    assert causal(ids[1:, 1:]).logits.isfinite().all()  # all of the text
 
 
 def test_adapters_that_do_not_fit(tmp_path) -> None:
@@ -332,8 +336,17 @@ def test_adapters_that_do_not_fit(tmp_path) -> None:
         PeftModel.from_pretrained(other, tmp_path / "cloze")
     assert not any("ptuning" in name for name, _ in other.named_modules())
     base = make_model("Llama", "CAUSAL_LM", vocab_size=VOCABULARY)
-    get_peft_model(base, PTuningConfig("CAUSAL_LM")).save_pretrained(tmp_path / "plain")
+    base = get_peft_model(base, PTuningConfig("CAUSAL_LM"))
+    base.save_pretrained(tmp_path / "plain")
     with pytest.raises(ValueError, match="was not trained on a ClozeClassifier"):
         ClozeClassifier.from_pretrained(
             make_model("Llama", "CAUSAL_LM", vocab_size=VOCABULARY), tokenizer, str(tmp_path / "plain")
         )
+    with pytest.raises(ValueError, match="`placeholder` must be one token of the vocabulary"):
+        ClozeClassifier.from_pretrained(base.unload(), make_tokenizer("GPT-2"), str(tmp_path / "cloze"))
+    for calibration in ("contextual", "trained"):
+        cloze, template = make_cloze("Llama", calibration=calibration)
+        with pytest.raises(ValueError, match=f"calibration .{calibration}.*trained and saved.*Pass this task type"):
+            get_peft_model(cloze, PTuningConfig(prompt_template=template))
+        assert not any("ptuning" in name for name, _ in cloze.named_modules())
+        get_peft_model(cloze, PTuningConfig(prompt_template=template, modules_to_save=["score"]))
