@@ -153,12 +153,13 @@ def _run_behind_cache(stack: PreTrainedModel, forward: Callable, call: Call, pro
     return _without_cache(output) if is_own and call.given.get("use_cache") is False else output
 
 
+@torch.compiler.disable  # to look at values breaks the graph, and telling the cache of the prompt breaks it anyway
 def _check_padding(call: Call) -> None:
     """Refuses padding between the prompt and the text where distance is counted in columns."""
     mask = call.plain_mask
     if mask is None or not call.backbone.beside_text or call.stack in DISTANCE_BY_MASK:
         return
-    if not torch.compiler.is_compiling() and (mask[:, 0] == 0).any():
+    if not torch.compiler.is_exporting() and (mask[:, 0] == 0).any():
         raise ValueError(
             f"{call.stack} measures distance in columns, and a prompt in every layer stands in its cache in front of "
             "all columns: padding on the left would stand between both. Pad on the right."

@@ -155,9 +155,10 @@ def _places(backbone: Backbone, mask: torch.Tensor, length: int) -> Optional[tor
 def _widen_later_mask(call: Call, prompt: Prompt) -> torch.Tensor:
     """The mask (B, N) of a later call with the prompt's ones where the cache has the prompt: (B, V+N)."""
     places = prompt.places
-    if places is None or len(places) not in (1, len(call.mask)) or torch.compiler.is_compiling():
+    if places is None or len(places) not in (1, len(call.mask)):
         return widen_mask(call.backbone, call.mask, prompt.length)
-    goes_on = (leading_padding(call.mask) > places[:, :1]).any()  # the padding, behind the first chunk
+    is_eager = not torch.compiler.is_compiling()
+    goes_on = is_eager and (leading_padding(call.mask) > places[:, :1]).any()  # the padding, behind the first chunk
     if goes_on and call.backbone.beside_text and call.stack not in DISTANCE_BY_MASK:
         raise ValueError(
             f"{call.stack} got a row that begins with more padding than the first chunk of tokens had. The prompt "

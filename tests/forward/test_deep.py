@@ -17,7 +17,7 @@ from peft import PeftModel, get_peft_model
 from reference import S, V, main_output, make_batch, make_labels, textbook_loss, unmasked
 from releases import CACHE, CHECKPOINTING
 from tiny_tokenizers import make_tokenizer
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, GPTNeoConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
@@ -320,6 +320,30 @@ def test_compiled_is_the_same(family: str) -> None:
         gradients, ((n, p.grad) for n, p in model.named_parameters() if "ptuning_" in n), strict=True
     ):
         torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-4 * gradient.abs().max().item())
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo, of Bloom's own GELU
+@pytest.mark.parametrize("family", ["Bloom", "Falcon", "Llama"])
+@torch.no_grad()
+def test_compiled_with_padding_on_the_left(family: str) -> None:
+    """Where a cache holds the prompt, the mask's columns of the prompt are in front of the padding."""
+    model, batch = make_deep(family, "CAUSAL_LM"), make_batch(family, "CAUSAL_LM", pad_left=True)
+    expected = model(**batch).logits
+    torch._dynamo.reset()
+    found = torch.compile(model, backend="eager")(**batch).logits
+    mask = batch["attention_mask"]
+    torch.testing.assert_close(unmasked(found, mask), unmasked(expected, mask), rtol=0, atol=1e-5)
+
+
+def test_padding_on_the_left_is_refused_compiled_too() -> None:
+    config = GPTNeoConfig(
+        vocab_size=99, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]]
+    )
+    model = get_peft_model(AutoModelForCausalLM.from_config(config), make_config("CAUSAL_LM", **DEEP)).eval()
+    torch._dynamo.reset()
+    for each in (model, torch.compile(model, backend="eager")):
+        with pytest.raises(ValueError, match="measures distance in columns.*Pad on the right"):
+            each(**make_batch("GPT-2", "CAUSAL_LM", pad_left=True))
 
 
 @pytest.mark.parametrize(("family", "task"), [("BERT", "SEQ_CLS"), ("Llama", "CAUSAL_LM")])
