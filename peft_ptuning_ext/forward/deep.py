@@ -136,6 +136,11 @@ def _run_behind_cache(stack: PreTrainedModel, forward: Callable, call: Call, pro
     _check_padding(call)
     call.check_one_text()  # here, because behind a cache no row counts as packed
     is_own = cache is None
+    if is_own and call.given.get(name) is not None:
+        raise ValueError(
+            f"{call.stack} got a {type(call.given[name]).__name__} as `{name}`. Pass a cache of transformers, such as "
+            "`DynamicCache()`: it holds the prompt, too."
+        )
     cache = DynamicCache(config=stack.config) if is_own else full_view(cache)
     if in_row.is_static(cache):
         raise ValueError(

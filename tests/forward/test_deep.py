@@ -303,6 +303,13 @@ def test_encoder_decoders_generate(family: str) -> None:
         assert not torch.equal(model.generate(**batch, **arguments), tokens)
 
 
+@torch.no_grad()
+def test_what_is_no_cache_is_not_left_out() -> None:
+    model, states = make_deep("Bloom", "CAUSAL_LM"), torch.zeros(1, 4, 3, 8)
+    with pytest.raises(ValueError, match="BloomModel got a tuple as .* Pass a cache of transformers"):
+        model(input_ids=torch.tensor([[7]]), **{CACHE: ((states, states),) * 2})
+
+
 @pytest.mark.parametrize("family", ["BERT", "ALBERT", "DistilBERT", "ModernBERT", "Llama", "Gemma 2", "T5"])
 def test_compiled_is_the_same(family: str) -> None:
     task = dict(CELLS)[family]
