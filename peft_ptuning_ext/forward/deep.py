@@ -158,7 +158,7 @@ def _run_behind_cache(stack: PreTrainedModel, forward: Callable, call: Call, pro
     return _without_cache(output) if is_own and call.given.get("use_cache") is False else output
 
 
-@torch.compiler.disable  # to look at values breaks the graph, and telling the cache of the prompt breaks it anyway
+@torch.compiler.disable  # The check needs values, which a graph lacks. The graph ends here anyway, at the cache.
 def _check_padding(call: Call) -> None:
     """Refuses padding between the prompt and the text where distance is counted in columns."""
     mask = call.plain_mask

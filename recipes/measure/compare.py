@@ -426,7 +426,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--learning_rates", nargs="+", type=float, help="Grid of learning rates. Default: that of the task."
     )
-    parser.add_argument("--num_virtual_tokens", type=int, default=20)
+    parser.add_argument(
+        "--num_virtual_tokens", type=int, default=20, help="V, of the methods and changes that set none themselves."
+    )
     parser.add_argument("--seeds", type=int, help="Seeds per method. Default: those of the task, 3 or 5.")
     parser.add_argument("--search_seeds", type=int, help="Seeds per learning rate. Default: those of the task, 3.")
     parser.add_argument("--max_steps", type=int, help="Optimizer steps. Default: those of the task.")

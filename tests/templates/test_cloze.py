@@ -242,7 +242,6 @@ def test_contextual_calibration(family: str, tmp_path) -> None:
 
 
 @torch.no_grad()
-@torch.no_grad()
 def test_calibration_of_the_model_without_a_prompt() -> None:
     cloze, template = make_cloze("BERT", calibration="contextual")
     cloze.eval()
@@ -255,6 +254,7 @@ def test_calibration_of_the_model_without_a_prompt() -> None:
     torch.testing.assert_close(bias, expected)
 
 
+@torch.no_grad()
 def test_calibration_without_an_adapter() -> None:
     cloze, template = make_cloze("Llama", calibration="contextual")
     batch = make_batch(cloze, template)
