@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Optional
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 from transformers import Cache
 
-from ..backbone import PACKING_INPUTS, REFUSED_INPUTS, Backbone
+from ..backbone import PACKING_INPUTS, REFUSED_INPUTS, UNTOUCHED_INPUTS, Backbone
 from ..prompts.prompt import Prompt
 from .cache import CacheWithPrompt, clear_prompt, full_view
 
@@ -118,20 +119,6 @@ class Call:
             return False
         return bool((positions.diff(dim=-1) != 1).any())
 
-    @property
-    def is_worth_a_pass(self) -> bool:
-        """Whether a pass of the prompt alone is worth its time, or the only way.
-
-        A single row with gradients is cheaper in one pass over V + S tokens than in two passes, which read the weights
-        twice. What a row of V + S tokens has no rule for takes the pass all the same. Token types are embeddings that
-        a prompt gets in the row, and would not get in a pass of its own.
-        """
-        if self.given.get("token_type_ids") is not None and self.plain_mask is self.mask:
-            return False
-        if not torch.is_grad_enabled() or len(self.tokens) > 1 or self.given.get(self.backbone.cache_name) is not None:
-            return True
-        return self.plain_mask is not self.mask or self.is_packed or bool(self.packing)
-
     def check_names(self) -> None:
         """Refuses arguments that speak of positions or lengths in ways that have no rule for a prompt."""
         for name in REFUSED_INPUTS:
@@ -160,6 +147,18 @@ class Call:
                 "see the prompt. Pass one text per row, padded, with an attention mask, or, where the prompt is "
                 "shared, `position_ids` that begin anew with each text."
             )
+
+    def check_per_token(self, known: Collection[str]) -> None:
+        """Refuses inputs with one value for each token, except those `known`: a virtual token's value is not known."""
+        batch_size, text = self.tokens.shape[:2]
+        for name, value in self.given.items():
+            if name in known or name in UNTOUCHED_INPUTS or not isinstance(value, torch.Tensor):
+                continue
+            if tuple(value.shape[:2]) == (batch_size, text) and (text > 1 or value.dim() > 2):
+                raise ValueError(
+                    f"{self.stack} got the per-token input `{name}` of shape {tuple(value.shape)}, for which P-tuning "
+                    "has no rule: what a virtual token's value should be is not known."
+                )
 
     def check_one_text(self) -> None:
         """Refuses rows in which positions begin anew, where only the first text would see the prompt."""

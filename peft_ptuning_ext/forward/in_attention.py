@@ -54,7 +54,7 @@ def run(forward: Callable, call: Call, prompt: Prompt) -> Any:
         call.check_packing()
     if not isinstance(past, torch.Tensor):
         call.check_lengths(past, prompt.positions, mask)
-    positions = _positions(call, mask, prompt)
+    positions = text_positions(call, mask, prompt)
     from_prompt = None if positions is None else positions + prompt.length
     in_front = InFront(prompt, call.tokens.shape[1], past, mask, from_prompt, is_causal)
     if call.cache is not None:
@@ -69,7 +69,7 @@ def run(forward: Callable, call: Call, prompt: Prompt) -> Any:
     return output
 
 
-def _positions(call: Call, mask: Optional[torch.Tensor], prompt: Prompt) -> Optional[torch.Tensor]:
+def text_positions(call: Call, mask: Optional[torch.Tensor], prompt: Prompt) -> Optional[torch.Tensor]:
     """The text's positions, (B or 1, S), or (3, B, S) of images; `None` where they are left to an encoder.
 
     An encoder with rotary positions is told those that leave padding out: the prompt's keys have positions of their
@@ -91,10 +91,6 @@ def why_not(stack: PreTrainedModel) -> Optional[str]:
     """Why a backbone whose attention can take a prompt is not given one now; `None` if it is."""
     if not takes_prompt(stack):
         return f"its attention implementation was changed to {stack.config._attn_implementation!r}"
-    if _is_sharded(stack):
-        return "its weights are spread over processes (FSDP, ZeRO-3)"
-    if torch.is_grad_enabled() and checkpoints_reentrantly(stack):
-        return "it checkpoints gradients, and not with `use_reentrant=False`"
     return None
 
 
@@ -103,7 +99,7 @@ def takes_prompt(stack: PreTrainedModel) -> bool:
     return stack.config._attn_implementation in ATTENTION_NAMES.values()
 
 
-def _is_sharded(stack: PreTrainedModel) -> bool:
+def is_sharded(stack: PreTrainedModel) -> bool:
     """Whether processes gather the weights of its modules as they run (FSDP, DeepSpeed ZeRO-3).
 
     All processes then have to run the same modules, and a module's backward pass has to end where its output's begins.

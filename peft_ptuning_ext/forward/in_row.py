@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import Cache
 
-from ..backbone import DISTANCE_BY_MASK, PER_TOKEN_FILLS, UNTOUCHED_INPUTS, Backbone, pool
+from ..backbone import DISTANCE_BY_MASK, PER_TOKEN_FILLS, Backbone, pool
 from ..prompts.prompt import Prompt
 from .cache import full_view, is_static, note_prompt
 from .call import Call, leading_padding
@@ -23,9 +23,6 @@ from .layout import Layout
 
 # Inputs with one value for each token that have a rule: how the prompt's values are chosen.
 RULED_INPUTS = {"input_ids", "inputs_embeds", "position_ids", *PER_TOKEN_FILLS}
-
-# Why a prompt stands in the row that could otherwise be put in front in attention.
-TOKEN_TYPES = "token types were given, which are embeddings that a prompt gets in the row only"
 
 
 def begin(
@@ -174,21 +171,13 @@ def _check(call: Call, why_in_row: Callable[[], Optional[str]]) -> None:
     if call.cache is not None and is_static(call.cache):
         raise ValueError(
             f"{call.stack} got a static cache, which has no room for the prompt: it is concatenated here, because "
-            f"{why_in_row() or TOKEN_TYPES}. Leave `cache_implementation` at its default."
+            f"{why_in_row()}. Leave `cache_implementation` at its default."
         )
     if call.mask is not None and not (isinstance(call.mask, torch.Tensor) and call.mask.dim() == 2):
         kind = f"{call.mask.dim()}-D mask" if isinstance(call.mask, torch.Tensor) else type(call.mask).__name__
         raise ValueError(
             f"{call.stack} got an attention mask that has no room for the prompt ({kind}) instead of a 2-D one "
-            f"(B, S): the prompt is concatenated here, because {why_in_row() or TOKEN_TYPES}."
+            f"(B, S): the prompt is concatenated here, because {why_in_row()}."
         )
-    batch_size, text = call.tokens.shape[:2]
-    for name, value in call.given.items():
-        if name in RULED_INPUTS or name in UNTOUCHED_INPUTS or not isinstance(value, torch.Tensor):
-            continue
-        if tuple(value.shape[:2]) == (batch_size, text) and (text > 1 or value.dim() > 2):
-            raise ValueError(
-                f"{call.stack} got the per-token input `{name}` of shape {tuple(value.shape)}, for which P-tuning has "
-                "no rule: what a virtual token's value should be is not known."
-            )
+    call.check_per_token(RULED_INPUTS)
     call.check_one_text()

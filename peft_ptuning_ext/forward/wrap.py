@@ -16,12 +16,14 @@ from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any, Optional
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ..backbone import Backbone
 from ..prompts.adapter import ATTACHMENT, find_stack, layer_of
-from . import deep, deep_decoder, in_attention, in_place, in_row
+from ..prompts.layer import PTuningLayer
+from . import deep, deep_decoder, in_attention, in_place, in_row, one_pass
 from .attention import adapt_attention, restore_attention
 from .call import Call
 from .deep_decoder import DeepDecoder
@@ -80,15 +82,19 @@ def run(stack: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
     prompt = layer.make_prompt(names, call.tokens.dtype if call.is_embedded else layer.dtype or stack.dtype)
     if prompt.states is not None:
         return deep.run(stack, forward, call, prompt, layer.embed)
-    if call.is_worth_a_pass and why_in_row(stack) is None:
+    if why_in_row(stack) is None:
         try:
-            prompt = in_attention.with_states(stack, forward, prompt)
+            if one_pass.is_due(stack, call):
+                return one_pass.run(stack, forward, call, prompt, _embed(call, layer))
+            return in_attention.run(forward, call, in_attention.with_states(stack, forward, prompt))
         except NotRecorded as reason:
             attachment.not_recorded = str(reason)
-        else:
-            return in_attention.run(forward, call, prompt)
-    embeds = call.tokens if call.is_embedded else layer.embed(call.tokens)
-    return in_row.begin(stack, forward, call, prompt, embeds, functools.partial(why_in_row, stack))
+    return in_row.begin(stack, forward, call, prompt, _embed(call, layer), functools.partial(why_in_row, stack))
+
+
+def _embed(call: Call, layer: PTuningLayer) -> torch.Tensor:
+    """The embeddings of the text, (B, S, H)."""
+    return call.tokens if call.is_embedded else layer.embed(call.tokens)
 
 
 def why_in_row(stack: nn.Module) -> Optional[str]:

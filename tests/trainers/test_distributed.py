@@ -57,7 +57,7 @@ def launch(config: str, *arguments: str) -> None:
 @pytest.mark.parametrize("config", LAUNCHED)
 def test_two_processes_train_as_one(config, prompted, tmp_path) -> None:
     (family, options), is_sharded = PROMPTED[prompted], config == "fsdp2.yaml"
-    route = "deep" if "prompt_depth" in options else "shared" if family == "Llama" and not is_sharded else "conc"
+    route = "deep" if "prompt_depth" in options else "shared" if family == "Llama" else "conc"
     options = ["--fsdp_transformer_layer_cls_to_wrap", LAYERS[family]] if is_sharded else []
     launch(config, *options, str(HERE / "train_distributed.py"), prompted, str(tmp_path))
     for name, train in TRAINED.items():
@@ -90,9 +90,14 @@ def test_weights_of_zero_3_are_not_read_twice(monkeypatch) -> None:
     expected = model(**batch).loss
     assert model.prompt_route == "shared"
     # What DeepSpeed marks the parameters with that it has spread over processes.
-    model.get_submodule("base_model.model.model.layers.1.mlp.up_proj").weight.ds_id = 0
-    assert model.prompt_route.startswith("concatenated: its weights are spread over processes")
-    torch.testing.assert_close(model(**batch).loss, expected, rtol=0, atol=1e-5)
+    projection = model.get_submodule("base_model.model.model.layers.1.mlp.up_proj")
+    projection.weight.ds_id = 0
+    calls = []
+    projection.register_forward_hook(lambda *_: calls.append(1))
+    assert model.prompt_route == "shared"
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch).loss, expected, rtol=0, atol=1e-5)
+    assert len(calls) == 1
 
 
 def test_a_card_is_written_from_sizes_where_zero_3_has_partitioned_the_weights() -> None:

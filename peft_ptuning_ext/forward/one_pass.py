@@ -1,0 +1,209 @@
+# SPDX-FileCopyrightText: 2026 The peft_ptuning_ext authors
+# SPDX-License-Identifier: Apache-2.0
+"""The prompt and all texts in one pass: a packed row of V + B·S positions, which only attention takes apart.
+
+Linear layers, norms and experts work on single positions, and notice nothing. Attention lets the prompt see itself,
+and each text the prompt and itself. The weights are read once, and each position of the prompt is computed once.
+Gradients reach the prompt through the hidden states. So this works wherever the backbone alone does: under every kind
+of gradient checkpointing, and with weights that are spread over processes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+import torch
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+
+from ..backbone import PACKING_INPUTS, PER_TOKEN_FILLS
+from ..prompts.prompt import Prompt, States
+from .attention import KEYWORD, InFront, layer_of
+from .call import Call
+from .in_attention import NotRecorded, check_recording, is_sharded, text_positions
+from .in_row import RULED_INPUTS
+
+
+# Arguments of attention that describe the texts, and say nothing of the prompt.
+OF_TEXTS = {*PACKING_INPUTS, "max_length_q", "max_length_k"}
+
+
+def is_due(stack: PreTrainedModel, call: Call) -> bool:
+    """Whether a call that begins a sequence goes this way, and not behind keys and values that are stored.
+
+    Nothing is stored with gradients, nor in training, where dropout is drawn anew. Processes that gather weights have
+    to run the same modules, whatever they have stored. And token types are embeddings that a prompt gets in the row.
+    """
+    if call.cache is None and call.given.get(call.backbone.cache_name) is not None:
+        return False  # of another kind than transformers', for which the model has its own answer
+    if isinstance(call.past, torch.Tensor):
+        return False  # compiled: whether the cache is empty can't be told
+    has_token_types = call.given.get("token_type_ids") is not None
+    return torch.is_grad_enabled() or stack.training or has_token_types or is_sharded(stack)
+
+
+def run(stack: PreTrainedModel, forward: Callable, call: Call, prompt: Prompt, embeds: torch.Tensor) -> Any:
+    """Runs a call that begins a sequence.
+
+    Args:
+        stack (`PreTrainedModel`): The backbone, a causal decoder.
+        forward (`Callable`): Its own `forward`.
+        call ([`Call`]): What was asked.
+        prompt ([`Prompt`]): With its vectors, (1, V, H).
+        embeds (`torch.Tensor`): The embeddings of the texts, (B, S, H).
+
+    Returns:
+        The outputs of `forward`, which have the texts' shape. Attention maps have V more columns.
+
+    Raises:
+        NotRecorded: The pass showed that the backbone does not call its attention exactly once per layer.
+        ValueError: The text is too long, or its mask too short.
+    """
+    if call.given_positions is None:
+        call.check_packing()
+    call.check_per_token(RULED_INPUTS)
+    call.check_lengths(0, prompt.length, call.plain_mask)
+    rows, text = embeds.shape[:2]
+    positions = text_positions(call, call.plain_mask, prompt) + prompt.length
+    in_front = InFront(prompt, text, 0, call.plain_mask, positions)
+    packed = Packed(stack.config, call, prompt, embeds, in_front, _has_cache(stack, call))
+    in_row = positions.expand(*positions.shape[:-2], rows, text).flatten(-2).unsqueeze(-2)
+    of_prompt = torch.arange(prompt.length, device=in_row.device).expand(*in_row.shape[:-1], -1)
+    nothing = embeds.new_empty(1, 1, 1, 1)  # a model takes a mask of four dimensions as it is
+    arguments = {
+        "input_ids": None,
+        "inputs_embeds": torch.cat([prompt.vectors, embeds.flatten(0, 1)[None]], dim=1),
+        "attention_mask": dict.fromkeys(call.mask, nothing) if isinstance(call.mask, dict) else nothing,
+        "position_ids": torch.cat([of_prompt, in_row], dim=-1),
+        call.backbone.cache_name: None,
+        "use_cache": False,
+        "return_dict": True,
+        KEYWORD: packed,
+    }
+    for name, value in PER_TOKEN_FILLS.items():
+        if name != "attention_mask" and call.given.get(name) is not None:
+            of_texts = call.given[name].flatten(0, 1)[None]
+            fill = of_texts.new_full((1, prompt.length, *of_texts.shape[2:]), value)
+            arguments[name] = torch.cat([fill, of_texts], dim=1)
+    output = forward(**call.arguments(**arguments))
+    check_recording(packed, stack.config)
+    for name, value in output.items():
+        output[name] = packed.unpack(value)
+    if packed.has_cache:
+        cache = packed.fill_cache()
+        if _is_asked(stack.config, call):
+            output[call.backbone.cache_name] = cache
+    is_dict = call.given.get("return_dict")
+    return output if (stack.config.return_dict if is_dict is None else is_dict) else output.to_tuple()
+
+
+def _has_cache(stack: PreTrainedModel, call: Call) -> bool:
+    """Whether the backbone by itself would fill a cache: one that it was given, or one that it returns."""
+    if any(module.training and getattr(module, "gradient_checkpointing", False) for module in stack.modules()):
+        return False
+    return call.cache is not None or _is_asked(stack.config, call)
+
+
+def _is_asked(config: Any, call: Call) -> bool:
+    """Whether a cache is returned, by the call or else by the config."""
+    use_cache = call.given.get("use_cache")
+    return bool(getattr(config, "use_cache", False) if use_cache is None else use_cache)
+
+
+@dataclass
+class Packed:
+    """Takes the place of [`InFront`] in the pass of a packed row, and takes the row apart for attention.
+
+    Args:
+        config (`PreTrainedConfig`): The backbone's.
+        call ([`Call`]): What was asked.
+        prompt ([`Prompt`]): With its vectors, (1, V, H).
+        embeds (`torch.Tensor`): The embeddings of the texts, (B, S, H).
+        in_front ([`InFront`]): The prompt in front of the texts; its states are those of one layer.
+        has_cache (`bool`): Whether a cache is filled with the texts.
+        states (`dict`): By layer, keys and values of the prompt and of the texts.
+        windows (`dict[int, int]`): By layer, how far back it looks.
+        masks (`dict[bool, tuple]`): Masks of the prompt and of the texts, by whether a layer has a window.
+        attended (`int`): How often attention was called.
+    """
+
+    config: Any
+    call: Call
+    prompt: Prompt
+    embeds: torch.Tensor
+    in_front: InFront
+    has_cache: bool
+    states: dict[int, tuple[States, States]] = field(default_factory=dict)
+    windows: dict[int, Optional[int]] = field(default_factory=dict)
+    masks: dict[bool, tuple[Any, Any]] = field(default_factory=dict)
+    attended: int = 0
+
+    def attend(self, attention, module, query, key, value, mask, kwargs) -> tuple[torch.Tensor, Any]:
+        """The attention of one layer: of the prompt to itself, and of each text to the prompt and itself.
+
+        Args:
+            attention (`Callable`): The attention function of the model.
+            module (`nn.Module`): The attention layer.
+            query (`torch.Tensor`): (1, heads, V + B·S, D).
+            key (`torch.Tensor`): (1, key-value heads, V + B·S, D).
+            value (`torch.Tensor`): Likewise.
+            mask (`Any`): What the model has made of a mask that says nothing.
+            kwargs (`dict`): The further arguments of the attention function.
+        """
+        rows, text = self.embeds.shape[:2]
+        sizes = [self.prompt.length, rows * text]
+        if not query.shape[2] == key.shape[2] == sum(sizes):
+            raise NotRecorded("its attention does not get one query and one key for each position")
+        of_prompt, of_texts = zip(*(tensor.split(sizes, dim=2) for tensor in (query, key, value)))
+        of_texts = [tensor[0].unflatten(1, (rows, text)).transpose(0, 1) for tensor in of_texts]
+        layer = layer_of(module)
+        layer, window = self.attended if layer is None else layer, kwargs.get("sliding_window")
+        self.states[layer], self.windows[layer] = (of_prompt[1:], tuple(of_texts[1:])), window
+        self.attended += 1
+        prompt_mask, text_mask = self._masks(window is not None)
+        alone, beside = {name: kwargs[name] for name in kwargs if name not in OF_TEXTS}, dict(kwargs)
+        if kwargs.get("position_ids") is not None:
+            alone["position_ids"] = kwargs["position_ids"][..., : self.prompt.length]
+            beside["position_ids"] = self.in_front.positions
+        output, _ = attention(module, *of_prompt, prompt_mask, **alone)
+        prompt = dataclasses.replace(self.prompt, states={layer: of_prompt[1:]})
+        in_front = dataclasses.replace(self.in_front, prompt=prompt)
+        outputs, weights = in_front.attend(attention, module, *of_texts, text_mask, beside)
+        return torch.cat([output, outputs.flatten(0, 1)[None]], dim=1), weights
+
+    def _masks(self, has_window: bool) -> tuple[Any, Any]:
+        """The masks of the prompt and of the texts, each for itself, of the kind that attention takes."""
+        if has_window not in self.masks:
+            make = create_sliding_window_causal_mask if has_window else create_causal_mask
+            mask, positions = self.call.mask, self.call.given_positions
+            if isinstance(mask, dict):
+                mask = mask["sliding_attention" if has_window else "full_attention"]
+            if self.has_cache or (positions is not None and positions.dim() != 2):
+                positions = None  # as in transformers: where there is a cache, a row is one text
+            of_texts = make(self.config, self.embeds, mask, None, positions)
+            self.masks[has_window] = make(self.config, self.prompt.vectors, None, None), of_texts
+        return self.masks[has_window]
+
+    def unpack(self, value: Any) -> Any:
+        """The texts' part of an output, whatever its nesting: (1, V + B·S, …) → (B, S, …), (V + B·S, E) → (B·S, E)."""
+        if type(value) in (tuple, list):
+            return type(value)(self.unpack(item) for item in value)
+        rows, text = self.embeds.shape[:2]
+        length, total = self.prompt.length, self.prompt.length + rows * text
+        if not isinstance(value, torch.Tensor):
+            return value
+        if value.dim() == 3 and value.shape[:2] == (1, total):
+            return value[0, length:].unflatten(0, (rows, text))
+        return value[length:] if value.dim() == 2 and len(value) == total else value
+
+    def fill_cache(self) -> Cache:
+        """The given cache or a new one, filled with the texts as behind the prompt."""
+        cache = DynamicCache(config=self.config) if self.call.cache is None else self.call.cache
+        for layer, (_, of_texts) in self.states.items():
+            cache.update(*of_texts, layer)
+        states = {layer: of_prompt for layer, (of_prompt, _) in self.states.items()}
+        cache.ptuning_prompt = dataclasses.replace(self.prompt, vectors=None, states=states)
+        return cache
