@@ -214,7 +214,8 @@ def read_prompt(path: str, encoder: nn.Module) -> Any:
 
 @torch.no_grad()
 def _evaluate(encoder: nn.Module, state: Mapping[str, torch.Tensor], path: str) -> Any:
-    prompt = functional_call(encoder.eval(), {name: value.float() for name, value in state.items()}, ())
+    made = functional_call(encoder.eval(), {name: value.float() for name, value in state.items()}, ())
+    prompt = made if isinstance(made, torch.Tensor) else dict(made)
     by_layer = {} if isinstance(prompt, torch.Tensor) else prompt
     parts = {f"prompt of layer {layer}": torch.cat([key, value], dim=-1) for layer, (key, value) in by_layer.items()}
     check_values(parts or {"prompt": prompt}, path)

@@ -35,6 +35,8 @@ class LayerShape(NamedTuple):
 
 # By layer, in order.
 Shapes = dict[int, LayerShape]
+# The items of `States`.
+Pairs = tuple[tuple[int, tuple[torch.Tensor, torch.Tensor]], ...]
 
 
 def shapes_of(states: States) -> Shapes:
@@ -51,6 +53,16 @@ def describe(shapes: Shapes) -> str:
     return f"{len(shapes)} layers with {sizes}"
 
 
+class _ByLayer(nn.Module):
+    """Keys, or values, of all layers: one parameter for each, by its number.
+
+    It is called for its parameters, because DeepSpeed ZeRO-3 gathers them when their module is called.
+    """
+
+    def forward(self) -> list[torch.Tensor]:
+        return list(self.parameters())
+
+
 class DeepPromptEncoder(nn.Module):
     """Plain trainable keys and values (Liu et al., 2022, section 3.2).
 
@@ -60,7 +72,7 @@ class DeepPromptEncoder(nn.Module):
         shapes (`dict[int, LayerShape]`): What each layer takes.
     """
 
-    parameters_class = nn.ParameterDict
+    parameters_class = _ByLayer
     placeholder_id = None  # it stands in no text
 
     def __init__(self, config: PTuningConfig, width: int, shapes: Shapes):
@@ -68,40 +80,40 @@ class DeepPromptEncoder(nn.Module):
         length = self.num_virtual_tokens = config.num_virtual_tokens
         self.shift_positions = config.shift_positions
         self.dropout = nn.Dropout(config.encoder_dropout)
+        self.shapes = dict(sorted(shapes.items()))
         self.keys, self.values = self.parameters_class(), self.parameters_class()
-        for layer, shape in shapes.items():
-            self.keys[str(layer)] = nn.Parameter(torch.zeros(shape.heads, length, shape.key_width))
-            self.values[str(layer)] = nn.Parameter(torch.zeros(shape.heads, length, shape.value_width))
+        for layer, shape in self.shapes.items():
+            for kind, width in ((self.keys, shape.key_width), (self.values, shape.value_width)):
+                kind.register_parameter(str(layer), nn.Parameter(torch.zeros(shape.heads, length, width)))
 
-    def forward(self) -> States:
-        """Returns keys and values by layer, each (1, key-value heads, V, D), in the dtype of the parameters."""
+    def forward(self) -> Pairs:
+        """Returns keys and values by layer, each (1, key-value heads, V, D), in the dtype of the parameters.
+
+        They come as pairs for `dict`: DeepSpeed ZeRO-3 fails on a module that returns a dict with numbers as keys.
+        """
         return self._drop(self._constants())
 
     @torch.no_grad()
     def start_at(self, states: States) -> None:
         """Sets the parameters so that `forward()` returns `states` in evaluation."""
-        for layer, (key, value) in states.items():
-            self.keys[str(layer)].copy_(key[0])
-            self.values[str(layer)].copy_(value[0])
+        for layer, own in self._constants().items():
+            for state, value in zip(own, states[layer], strict=True):
+                state.copy_(value)
 
     def freeze_constants(self) -> None:
         """Freezes the parameters that are never trained, after all of them were made trainable."""
 
-    @property
-    def shapes(self) -> Shapes:
-        """What each layer takes."""
-        return shapes_of(self._constants())
-
     def _constants(self) -> States:
-        return {int(layer): (self.keys[layer][None], self.values[layer][None]) for layer in self.keys}
+        pairs = zip(self.shapes, self.keys(), self.values(), strict=True)
+        return {layer: (key[None], value[None]) for layer, key, value in pairs}
 
-    def _drop(self, states: States) -> States:
+    def _drop(self, states: States) -> Pairs:
         if not self.training or self.dropout.p == 0:
-            return states
-        return {layer: (self.dropout(key), self.dropout(value)) for layer, (key, value) in states.items()}
+            return tuple(states.items())
+        return tuple((layer, (self.dropout(key), self.dropout(value))) for layer, (key, value) in states.items())
 
 
-class _Constants(nn.ParameterDict):
+class _Constants(_ByLayer):
     """Parameters that are never trained."""
 
     def register_parameter(self, name: str, param: Optional[nn.Parameter]) -> None:
@@ -137,7 +149,7 @@ class DeepMLPEncoder(DeepPromptEncoder):
             states[layer] = tuple(by_head.split([shape.key_width, shape.value_width], dim=-1))
         return states
 
-    def forward(self) -> States:
+    def forward(self) -> Pairs:
         made, constants = self.reparameterize(self.embedding), self._constants()
         return self._drop({layer: _pairwise(operator.add, made[layer], constants[layer]) for layer in made})
 

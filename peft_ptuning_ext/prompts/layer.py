@@ -197,7 +197,8 @@ class PTuningLayer(nn.Module, BaseTunerLayer):
         """Returns what an adapter's encoder makes: vectors (V, H), or keys and values by layer, in its own dtype."""
         encoder = self.ptuning_encoders[adapter_name]
         gathered = {name: _gather(value) for name, value in encoder.named_parameters() if isinstance(value, DTensor)}
-        return functional_call(encoder, gathered, ()) if gathered else encoder()
+        encoded = functional_call(encoder, gathered, ()) if gathered else encoder()
+        return dict(encoded) if isinstance(encoder, DeepPromptEncoder) else encoded
 
     @torch.no_grad()
     def embed_ids(self, token_ids: torch.Tensor) -> torch.Tensor:
