@@ -342,6 +342,14 @@ class PTuningModel(BaseTuner):
         return key.replace(f"{ENCODER_KEY}{adapter_name}.", ENCODER_KEY, 1)
 
     @classmethod
+    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+        state = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        path = f"{ENCODER_KEY}{adapter_name}."
+        stems = {key.partition(path)[0] + path for key in state if path in key}
+        constants = find_layer(model).ptuning_encoders[adapter_name].gathered_constants
+        return {stem + name: value for stem in stems for name, value in constants.items()} | state
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         encoder = find_layer(model).ptuning_encoders[adapter_name]
         check_state(state_dict, encoder.state_dict())

@@ -47,6 +47,7 @@ PRIVATE_NAMES: dict[str, Callable[[], Any]] = {
     "_check_merge_allowed": lambda: BaseTuner,
     "_check_target_module_exists": lambda: BaseTuner,
     "_create_and_replace": lambda: BaseTuner,
+    "_get_adapter_state_dict": lambda: BaseTuner,
     "_prepare_adapter_config": lambda: BaseTuner,
     "_remap_adapter_state_dict_for_load": lambda: BaseTuner,
     "_remove_adapter_name_from_key": lambda: BaseTuner,

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..config import PTuningConfig
-from .encoder import hidden_layers
+from .encoder import hidden_layers, is_partitioned
 from .prompt import States
 
 
@@ -78,6 +78,7 @@ class DeepPromptEncoder(nn.Module):
     def __init__(self, config: PTuningConfig, width: int, shapes: Shapes):
         super().__init__()
         length = self.num_virtual_tokens = config.num_virtual_tokens
+        self.gathered_constants: dict[str, torch.Tensor] = {}  # as of `PromptEncoder`
         self.shift_positions = config.shift_positions
         self.dropout = nn.Dropout(config.encoder_dropout)
         self.shapes = dict(sorted(shapes.items()))
@@ -151,6 +152,12 @@ class DeepMLPEncoder(DeepPromptEncoder):
 
     def forward(self) -> Pairs:
         made, constants = self.reparameterize(self.embedding), self._constants()
+        if is_partitioned(self.embedding):
+            self.gathered_constants = {
+                f"{kind}.{layer}": state[0].detach().clone()
+                for layer, pair in constants.items()
+                for kind, state in zip(("keys", "values"), pair, strict=True)
+            }
         return self._drop({layer: _pairwise(operator.add, made[layer], constants[layer]) for layer in made})
 
     @torch.no_grad()

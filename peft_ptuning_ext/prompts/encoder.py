@@ -22,11 +22,15 @@ class PromptEncoder(nn.Module):
     Args:
         config ([`PTuningConfig`]): Length V and the sizes of the network.
         width (`int`): Width H of the model's input embedding.
+
+    Under DeepSpeed ZeRO-3, `gathered_constants` are copies of the parameters that are never trained, by name. Trainer
+    leaves out what is frozen when it saves, and the one process that writes can't gather it.
     """
 
     def __init__(self, config: PTuningConfig, width: int):
         super().__init__()
         self.num_virtual_tokens = config.num_virtual_tokens
+        self.gathered_constants: dict[str, torch.Tensor] = {}
         template = config.prompt_template
         self.placeholder_id = None if template is None else template.placeholder_id
         self.embedding = nn.Parameter(torch.zeros(config.num_virtual_tokens, width))
@@ -70,6 +74,8 @@ class _NetworkEncoder(PromptEncoder):
         raise NotImplementedError
 
     def forward(self) -> torch.Tensor:
+        if is_partitioned(self.offset):
+            self.gathered_constants = {"offset": self.offset.detach().clone()}
         return self.reparameterize(self.embedding) + self.offset
 
     @torch.no_grad()
@@ -79,6 +85,11 @@ class _NetworkEncoder(PromptEncoder):
         self.eval()  # dropout would leave its noise in the constant
         self.offset.copy_(prompt - self.reparameterize(self.embedding))
         self.train(was_training)
+
+
+def is_partitioned(parameter: nn.Parameter) -> bool:
+    """Whether DeepSpeed ZeRO-3 spreads a parameter over processes, and gathers it for calls of its module."""
+    return hasattr(parameter, "ds_id")
 
 
 def hidden_layers(sizes: list[int], dropout: float) -> list[nn.Module]:
