@@ -36,8 +36,6 @@ def make_trainer(name: str, bases: Path, folder: Path) -> Trainer:
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     arguments = make_arguments(
         folder,
-        use_cpu=processes == 1,  # with it, accelerate leaves DeepSpeed out
-        ddp_backend="gloo" if processes > 1 else None,
         per_device_train_batch_size=BATCH // processes,
         per_device_eval_batch_size=4,
         max_steps=STEPS,
@@ -61,12 +59,8 @@ def make_trainer(name: str, bases: Path, folder: Path) -> Trainer:
 def look_at(trainer: Trainer, name: str) -> dict[str, torch.Tensor]:
     """What a trained model has learned, and answers."""
     model, rows = trainer.model, make_rows(name, 5, seed=99)
-    is_deep = model.peft_config["default"].is_deep
-    parts = (
-        [s for pair in model.prompt_key_values().values() for s in pair] if is_deep else [model.prompt_embeddings()]
-    )
     seen = {
-        "prompt": torch.cat([part.flatten() for part in parts]).clone(),
+        "prompt": prompt_of(model).flatten(),
         "logits": torch.from_numpy(trainer.predict(rows).predictions),
     }
     if PROMPTED[name][0] == "Llama":

@@ -135,9 +135,9 @@ def can_measure_first(trainer: Trainer) -> bool:
     """Whether Trainer can evaluate before it trains, which it can in a single process.
 
     In several processes, Trainer of transformers 5.23 would then train without DDP, each process for itself, and FSDP
-    would fail.
+    would fail. DeepSpeed ZeRO-2 refuses to evaluate first.
     """
-    return trainer.args.world_size == 1
+    return trainer.args.world_size == 1 and not trainer.is_deepspeed_enabled
 
 
 def in_data_order(trainer: Trainer, dataset: Dataset, values: np.ndarray) -> np.ndarray:
