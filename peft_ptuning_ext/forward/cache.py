@@ -32,18 +32,53 @@ class CacheWithPrompt:
         return _rebuild, (_plain_class(type(self)),), self.__dict__
 
 
+class StaticCacheBesidePrompt:
+    """Mixed into the class of a static cache whose prompt is in front in attention.
+
+    Such a cache has its length on the device. Whether it was emptied can be asked for there, which would make every
+    step wait, or noted when it is.
+    """
+
+    def reset(self) -> None:
+        super().reset()
+        clear_prompt(self)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        return _rebuild_beside, (_plain_class(type(self)),), self.__dict__
+
+
 @functools.cache
 def _class_with_prompt(cache_class: type[Cache]) -> type[Cache]:
     return type(f"{cache_class.__name__}BehindPrompt", (CacheWithPrompt, cache_class), {})
 
 
+@functools.cache
+def _class_beside_prompt(cache_class: type[Cache]) -> type[Cache]:
+    return type(f"{cache_class.__name__}BesidePrompt", (StaticCacheBesidePrompt, cache_class), {})
+
+
 def _plain_class(cache_class: type[Cache]) -> type[Cache]:
-    return cache_class.__mro__[2] if issubclass(cache_class, CacheWithPrompt) else cache_class
+    return (
+        cache_class.__mro__[2] if issubclass(cache_class, (CacheWithPrompt, StaticCacheBesidePrompt)) else cache_class
+    )
 
 
 def _rebuild(cache_class: type[Cache]) -> Cache:
     with_prompt = _class_with_prompt(cache_class)
     return with_prompt.__new__(with_prompt)
+
+
+def _rebuild_beside(cache_class: type[Cache]) -> Cache:
+    beside = _class_beside_prompt(cache_class)
+    return beside.__new__(beside)
+
+
+def note_prompt_beside(cache: Cache, prompt: Prompt) -> None:
+    """Notes that `cache` is filled behind a prompt that attention puts in front."""
+    is_noted = getattr(cache, "ptuning_prompt", None) is not None
+    cache.ptuning_prompt = prompt
+    if not is_noted and not torch.compiler.is_compiling() and is_static(cache):
+        cache.__class__ = _class_beside_prompt(_plain_class(type(cache)))
 
 
 @torch.compiler.disable  # it can't compile a change of class
@@ -55,9 +90,8 @@ def note_prompt(cache: Cache, prompt: Prompt) -> None:
 
 def clear_prompt(cache: Cache) -> None:
     """Makes `cache`, which was emptied, one that was filled behind no prompt."""
-    if isinstance(cache, CacheWithPrompt):
-        cache.__class__ = _plain_class(type(cache))
-    del cache.ptuning_prompt
+    cache.__class__ = _plain_class(type(cache))
+    cache.ptuning_prompt = None
 
 
 def full_view(cache: Cache) -> Cache:

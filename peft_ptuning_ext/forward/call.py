@@ -14,7 +14,7 @@ from transformers import Cache
 
 from ..backbone import PACKING_INPUTS, REFUSED_INPUTS, UNTOUCHED_INPUTS, Backbone
 from ..prompts.prompt import Prompt
-from .cache import CacheWithPrompt, clear_prompt, full_view
+from .cache import CacheWithPrompt, StaticCacheBesidePrompt, clear_prompt, full_view
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ class Call:
         mask (`Any`): The attention mask, (B, N) or a richer one, N tokens being in the cache or new.
         given_positions (`torch.Tensor`, *optional*): The caller's positions, (B, S), or (3, B, S) of images.
         cache (`Cache`, *optional*): What came before. It reports all of its columns.
-        past (`int` or `torch.Tensor`): How many columns the cache has filled; a tensor only while compiling.
+        past (`int` or `torch.Tensor`):
+            How many columns the cache has filled; a tensor while compiling, and of a static cache behind a prompt.
         cached_prompt ([`Prompt`], *optional*): The prompt that the cache was filled behind.
     """
 
@@ -65,7 +66,8 @@ class Call:
             if isinstance(cache, CacheWithPrompt):
                 given = {**given, cache_name: full_view(cache)}
             past = given[cache_name].get_seq_length()
-            past = past if torch.compiler.is_compiling() else int(past)
+            if not torch.compiler.is_compiling() and not isinstance(cache, StaticCacheBesidePrompt):
+                past = int(past)
             if cached_prompt is not None and not isinstance(past, torch.Tensor) and past == 0:
                 clear_prompt(cache)  # it was reset
                 given, cached_prompt = {**given, cache_name: cache}, None

@@ -22,13 +22,19 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers import Cache, PreTrainedModel
 
 from ..backbone import ATTENTION_NAMES
+from ..prompts.layer import PTuningLayer
 from ..prompts.prompt import Prompt, States
 from .attention import KEYWORD, InFront, Recording
+from .cache import note_prompt_beside
 from .call import Call, count_positions
 
 
 # For how many adapters of a model keys and values are stored; the oldest entry goes first.
 MAX_STORED = 16
+
+
+# Modules of adapters of other methods.
+STATEFUL = (BaseTunerLayer, AuxiliaryTrainingWrapper)
 
 
 class NotRecorded(Exception):
@@ -58,14 +64,14 @@ def run(forward: Callable, call: Call, prompt: Prompt) -> Any:
     from_prompt = None if positions is None else positions + prompt.length
     in_front = InFront(prompt, call.tokens.shape[1], past, mask, from_prompt, is_causal)
     if call.cache is not None:
-        call.cache.ptuning_prompt = prompt
+        note_prompt_beside(call.cache, prompt)
     arguments = {**call.given, KEYWORD: in_front}
     if positions is not None and "position_ids" in call.backbone.parameters:
         arguments["position_ids"] = positions + prompt.positions
     output = forward(**arguments)
     for value in output if isinstance(output, tuple) else output.values():
         if isinstance(value, Cache):
-            value.ptuning_prompt = prompt
+            note_prompt_beside(value, prompt)
     return output
 
 
@@ -179,18 +185,19 @@ def check_recording(recording: Recording, config: Any, expected: Optional[int] =
 class StoredStates:
     """Keys and values of prompts, stored between calls that need no gradients, one entry for each prompt.
 
-    An entry is dropped when anything that it was made of is another: the prompt's values, a tensor of the backbone (by
-    identity, address and version counter), hooks, dtype, device, autocast. Writing through `parameter.data` or to a
-    plain attribute, such as the scale of an attention, leaves no such trace; `drop()` is for that. Nothing is stored
-    while a module of the backbone is in training mode, nor while adapters of other methods are inside, whose state has
-    no version.
+    An entry is dropped when anything that it was made of is another: a tensor of the prompt or the backbone (by
+    identity, address and version counter), hooks, dtype, device, autocast; and when the prompt is trained. On a CPU
+    the prompt's values are compared, too, for which another device would have to be waited for. Writing through
+    `parameter.data` or to a plain attribute, such as the scale of an attention, leaves no other trace; `drop()` is for
+    that. Nothing is stored while a module of the backbone is in training mode, nor while adapters of other methods are
+    inside, whose state has no version.
     """
 
     def __init__(self) -> None:
         self._entries: dict[tuple[str, ...], tuple[torch.Tensor, Any, States]] = {}
 
     def find(self, stack: nn.Module, names: tuple[str, ...], vectors: torch.Tensor) -> Optional[States]:
-        """Returns the states of a prompt if they are still those of `vectors`, (1, V, H)."""
+        """Returns the states of a prompt if they are still those of its `vectors`, (1, V, H)."""
         entry = self._entries.get(names)
         if entry is None:
             return None
@@ -199,8 +206,8 @@ class StoredStates:
         if (
             is_same
             and of_vectors.device == vectors.device
-            and torch.equal(of_vectors, vectors)
-            and _is_same(fingerprint, _fingerprint(stack, vectors.device))
+            and _is_same(fingerprint, _fingerprint(stack, names, vectors.device))
+            and (vectors.device.type != "cpu" or torch.equal(of_vectors, vectors))
         ):
             return states
         self._entries.pop(names, None)
@@ -208,7 +215,7 @@ class StoredStates:
 
     def store(self, stack: nn.Module, names: tuple[str, ...], vectors: torch.Tensor, states: States) -> None:
         """Stores the states that were computed from `vectors`, (1, V, H)."""
-        fingerprint = _fingerprint(stack, vectors.device)
+        fingerprint = _fingerprint(stack, names, vectors.device)
         if fingerprint is None:
             return
         self._entries[names] = vectors.clone(), fingerprint, states
@@ -228,20 +235,22 @@ class StoredStates:
         return StoredStates, ()  # copies and pickles of a model begin with none
 
 
-def _fingerprint(stack: nn.Module, device: torch.device) -> Optional[list[tuple]]:
-    """What a prompt's keys and values depend on besides the prompt; `None` if not all of it can be told."""
+def _fingerprint(stack: nn.Module, names: tuple[str, ...], device: torch.device) -> Optional[list[tuple]]:
+    """What the keys and values of a prompt depend on; `None` if not all of it can be told."""
     kind = device.type
     fingerprint: list[tuple] = []
     hooks: list[int] = []  # their numbers, which no two hooks share
     ours: set[nn.Module] = set()
+    others: set[nn.Module] = set()  # prompts of other adapters
     for module in stack.modules():
         if getattr(module, "_is_replica", False):
             return None  # of DataParallel: its weights are new at every call
-        if "ptuning_encoders" in getattr(module, "adapter_layer_names", ()):
+        if isinstance(module, PTuningLayer):
             ours = {module, *module.ptuning_encoders.modules()}
-        if module in ours:
+            others = ours.difference(*(module.ptuning_encoders[name].modules() for name in names))
+        if module in others:
             continue
-        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) or module.training:
+        if module not in ours and (isinstance(module, STATEFUL) or module.training):
             return None  # state without a version; dropout, which is drawn anew
         hooks += (*module._forward_pre_hooks, *module._forward_hooks)
         for tensor in (*module._parameters.values(), *module._buffers.values()):

@@ -16,6 +16,7 @@ from transformers import Cache
 
 from ..prompts.layer import PTuningLayer
 from ..prompts.prompt import Prompt
+from .cache import note_prompt_beside
 from .call import Call
 
 
@@ -58,7 +59,7 @@ def run(forward: Callable, call: Call, layer: PTuningLayer, dtype: torch.dtype) 
     noted = Prompt(prompt.names, prompt.length, filled=filled)
     for value in (call.cache, *(output if isinstance(output, tuple) else output.values())):
         if isinstance(value, Cache):
-            value.ptuning_prompt = noted
+            note_prompt_beside(value, noted)
     return output
 
 

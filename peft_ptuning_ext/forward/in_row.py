@@ -63,7 +63,7 @@ def begin(
         # first position (2 for RoBERTa).
         is_told = call.backbone.is_causal and call.given_positions is not None
         widened["position_ids"] = layout.positions(positions, 0 if is_told else call.backbone.first_position)
-    cached_prompt = Prompt(prompt.names, prompt.length, places=places)
+    cached_prompt = Prompt(prompt.names, prompt.length, places=places, ends_in_padding=_ends_in_padding(call, places))
     if call.cache is not None:
         note_prompt(call.cache, cached_prompt)
         widened[call.backbone.cache_name] = full_view(call.cache)
@@ -149,13 +149,20 @@ def _places(backbone: Backbone, mask: torch.Tensor, length: int) -> Optional[tor
     return leading_padding(mask).expand(-1, length)
 
 
+def _ends_in_padding(call: Call, places: Optional[torch.Tensor]) -> bool:
+    """Whether some row of a first chunk is nothing but padding, so that the next chunk may begin with more of it."""
+    if places is None or torch.compiler.is_compiling():
+        return False
+    return bool((places[:, :1] == call.tokens.shape[1]).any())
+
+
 def _widen_later_mask(call: Call, prompt: Prompt) -> torch.Tensor:
     """The mask (B, N) of a later call with the prompt's ones where the cache has the prompt: (B, V+N)."""
     places = prompt.places
-    if places is None or len(places) not in (1, len(call.mask)):
+    if places is not None and len(places) not in (1, len(call.mask)):
         return widen_mask(call.backbone, call.mask, prompt.length)
-    is_eager = not torch.compiler.is_compiling()
-    goes_on = is_eager and (leading_padding(call.mask) > places[:, :1]).any()  # the padding, behind the first chunk
+    # Without such a row nothing is asked of the device, for which every step would wait.
+    goes_on = prompt.ends_in_padding and (leading_padding(call.mask) > places[:, :1]).any()
     if goes_on and call.backbone.beside_text and call.stack not in DISTANCE_BY_MASK:
         raise ValueError(
             f"{call.stack} got a row that begins with more padding than the first chunk of tokens had. The prompt "

@@ -22,6 +22,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from ..backbone import PACKING_INPUTS, PER_TOKEN_FILLS
 from ..prompts.prompt import Prompt, States
 from .attention import KEYWORD, InFront, layer_of
+from .cache import note_prompt_beside
 from .call import Call
 from .in_attention import NotRecorded, check_recording, is_sharded, text_positions
 from .in_row import RULED_INPUTS
@@ -205,5 +206,5 @@ class Packed:
         for layer, (_, of_texts) in self.states.items():
             cache.update(*of_texts, layer)
         states = {layer: of_prompt for layer, (of_prompt, _) in self.states.items()}
-        cache.ptuning_prompt = dataclasses.replace(self.prompt, vectors=None, states=states)
+        note_prompt_beside(cache, dataclasses.replace(self.prompt, vectors=None, states=states))
         return cache

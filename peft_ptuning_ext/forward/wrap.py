@@ -85,6 +85,9 @@ def run(stack: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
     if why_in_row(stack) is None:
         try:
             if one_pass.is_due(stack, call):
+                if torch.is_grad_enabled():  # whatever trains a prompt may leave no trace of that
+                    for name in names:
+                        attachment.states.drop(name)
                 return one_pass.run(stack, forward, call, prompt, _embed(call, layer))
             return in_attention.run(forward, call, in_attention.with_states(stack, forward, prompt))
         except NotRecorded as reason:

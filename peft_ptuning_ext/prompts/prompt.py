@@ -28,6 +28,8 @@ class Prompt:
         places (`torch.Tensor`, *optional*):
             In a cache: the columns of the text that it stands before, (B or 1, V); `None`: behind the padding on the
             left, if there is any and distance is counted in columns.
+        ends_in_padding (`bool`, defaults to `False`):
+            In a cache: whether some row had nothing but padding so far, and may have more.
         takes_positions (`bool`, defaults to `True`): Whether the text's positions begin at V, rather than at 0.
         filled (`torch.Tensor`, *optional*):
             In a cache of rows with a template: how many of the V vectors each row has so far, (B,); `None`: all.
@@ -38,6 +40,7 @@ class Prompt:
     vectors: Optional[torch.Tensor] = None
     states: Optional[States] = None
     places: Optional[torch.Tensor] = None
+    ends_in_padding: bool = False
     takes_positions: bool = True
     filled: Optional[torch.Tensor] = None
 
