@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NoReturn, Optional
+from typing import Optional
 
 import torch
 from peft import PeftModel
@@ -177,14 +177,6 @@ class PTuningModel(BaseTuner):
         leaves a trace.
         """
         find_stack(self.model).ptuning.states.drop()
-
-    def generate_batch(self, *args, **kwargs) -> NoReturn:
-        """Refused: continuous batching puts texts that go on at different steps into one row of paged attention."""
-        raise ValueError(
-            "Continuous batching (`generate_batch`) has no place for a prompt. Call `generate` with a padded batch."
-        )
-
-    init_continuous_batching = continuous_batching_context_manager = generate_batch
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)

@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from ..backbone import Backbone
 from ..prompts.adapter import ATTACHMENT, find_stack, layer_of
 from ..prompts.layer import PTuningLayer
-from . import deep, deep_decoder, in_attention, in_place, in_row, one_pass
+from . import deep, deep_decoder, in_attention, in_place, in_row, one_pass, paged
 from .attention import adapt_attention, restore_attention
 from .call import Call
 from .deep_decoder import DeepDecoder
@@ -61,6 +61,8 @@ def run(stack: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
         args (`tuple`), kwargs (`dict`): What it was called with.
     """
     attachment = stack.ptuning
+    if paged.is_paged(kwargs):
+        return paged.run(stack, forward, {**dict(zip(attachment.backbone.parameters, args)), **kwargs})
     layer = layer_of(stack)
     names = layer.prompt_names
     call = Call.read(stack, attachment.backbone, args, kwargs)
@@ -127,6 +129,7 @@ def attach(model: nn.Module, backbone: Backbone) -> None:
             attachment.decoder_hook = decoder.register_forward_pre_hook(hook, with_kwargs=True)
         if backbone.not_in_attention is None and backbone.not_recorded is None:
             adapt_attention(stack)
+        paged.attach(model)
     except BaseException:
         detach(model)
         raise
@@ -151,6 +154,7 @@ def detach(model: nn.Module) -> None:
     if attachment.decoder_hook is not None:
         attachment.decoder_hook.remove()
     restore_attention(stack)
+    paged.detach(model)
     deep.leave_prompts(stack)
     deep_decoder.leave_prompts(stack)
     delattr(stack, ATTACHMENT)
