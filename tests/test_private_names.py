@@ -26,7 +26,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from releases import CHECKPOINTING
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 
 ROOT = Path(__file__).parent.parent
@@ -38,6 +38,14 @@ def _checkpointing() -> nn.Module:
     model = make_model("Llama", "CAUSAL_LM")
     getattr(model, f"{CHECKPOINTING}_enable")()
     return next(module for module in model.modules() if hasattr(module, "gradient_checkpointing"))
+
+
+def _keeping_a_manager() -> nn.Module:
+    model = make_model("Llama", "CAUSAL_LM")
+    settings = ContinuousBatchingConfig(page_size=4, num_blocks=8, max_batch_tokens=8)
+    greedy = GenerationConfig(max_new_tokens=1, eos_token_id=-1)
+    model.generate_batch([[5]], greedy, settings, persistent_manager=True)
+    return model
 
 
 # The private names of others that the package reads, overrides or sets, with what makes an object that has the name.
@@ -65,6 +73,7 @@ PRIVATE_NAMES: dict[str, Callable[[], Any]] = {
     "_hf_hook": lambda: add_hook_to_module(nn.Linear(1, 1), ModelHook()),
     "_old_forward": lambda: add_hook_to_module(nn.Linear(1, 1), ModelHook()),
     "_hf_peft_config_loaded": lambda: PreTrainedModel,
+    "_cached_continuous_batching_manager": _keeping_a_manager,
     "_orig_mod": lambda: torch.compile(nn.Linear(1, 1)),
     "_apply": lambda: nn.Module,
     "_forward_hooks": lambda: nn.Linear(1, 1),

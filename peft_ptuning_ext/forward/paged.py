@@ -204,7 +204,9 @@ def _serve(stack: PreTrainedModel) -> Served:
         prompt = layer.make_prompt(names, layer.dtype or stack.dtype)
     states = prompt.states or record_prompt(stack, prompt.vectors[0])[0]
     # Values come as transposed views. Each step would read them out of order.
-    states = {index: (key.detach().contiguous(), value.detach().contiguous()) for index, (key, value) in states.items()}
+    states = {
+        index: (key.detach().contiguous(), value.detach().contiguous()) for index, (key, value) in states.items()
+    }
     prompt = Prompt(names, prompt.length, states=states, takes_positions=prompt.takes_positions)
     return Served(names, prompt, _values(layer, names))
 
@@ -228,6 +230,8 @@ def _why_not(stack: PreTrainedModel, layer: PTuningLayer) -> Optional[str]:
 
 def _values(layer: PTuningLayer, names: tuple[str, ...]) -> tuple:
     """What the prompt and the vocabulary are made of, to be compared: by identity, address and version counter."""
+    if not names:
+        return ()
     encoders = [layer.ptuning_encoders[name] for name in names if name in layer.ptuning_encoders]
     tensors = [tensor for module in (layer.base_layer, *encoders) for tensor in module.parameters()]
     return tuple((weakref.ref(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
@@ -281,9 +285,7 @@ def _bind(stack: PreTrainedModel, cache: PagedAttentionCache) -> None:
     cache.__class__ = _class_behind_prompt(type(cache))
 
 
-def _widen(
-    mask: torch.Tensor, kind: str, positions: torch.Tensor, length: int, window: Optional[int]
-) -> torch.Tensor:
+def _widen(mask: torch.Tensor, kind: str, positions: torch.Tensor, length: int, window: Optional[int]) -> torch.Tensor:
     """Puts the prompt's columns in front: (1, 1, Q, K) → (1, 1, Q, V + K), for Q tokens at `positions`, (1, Q)."""
     columns = mask.new_zeros((*mask.shape[:-1], length))
     if kind == "sliding_attention" and window is not None:
@@ -306,4 +308,3 @@ class PagedBehindPrompt:
 @functools.cache
 def _class_behind_prompt(cache_class: type[PagedAttentionCache]) -> type[PagedAttentionCache]:
     return type(f"{cache_class.__name__}BehindPrompt", (PagedBehindPrompt, cache_class), {})
-

@@ -394,11 +394,6 @@ def test_static_caches_are_refused_where_the_prompt_is_concatenated() -> None:
     assert model.generate(**batch, **NEW).shape == (2, S + 8)
 
 
-def test_continuous_batching_is_refused() -> None:
-    with pytest.raises(ValueError, match="Continuous batching.*Call `generate`"):
-        make_adapted("Llama").generate_batch([[5, 6, 7]], max_new_tokens=3)
-
-
 @pytest.mark.parametrize("family", DECODERS)
 @torch.no_grad()
 def test_steps_by_hand_equal_one_call(family: str) -> None:
