@@ -20,6 +20,7 @@ from .adapters.deep_start import find_deep_start
 from .adapters.names import from_saved_names, to_saved_names
 from .adapters.removal import remove_adapters, undone_on_error
 from .adapters.requires_grad import keeping_requires_grad, requires_grad_by_name, restore_requires_grad
+from .adapters.tensor_parallel import check_tensor_parallel, start_alike
 from .adapters.vocabulary import allow_resizing, token_rows, train_token_rows
 from .backbone import find_backbone
 from .config import PromptInit, PTuningConfig
@@ -231,6 +232,7 @@ class PTuningModel(BaseTuner):
         model = self.model
         backbone = self._backbone = find_backbone(model)
         check_adapter(model, backbone, peft_config, self.peft_config, self._is_in_peft_model)
+        check_tensor_parallel(model, peft_config, self._token_indices is not None)
         rows = token_rows(model, backbone.embedding_path, self._token_indices, peft_config.modules_to_save or ())
         self._start, self._deep = None, None
         if peft_config.is_deep:
@@ -265,6 +267,7 @@ class PTuningModel(BaseTuner):
             start = self._deep.states() if start is None else start
             self._take_deep_prompts(peft_config)
         target.update_layer(adapter_name, peft_config, start, shapes)
+        start_alike(self.model, target.ptuning_encoders[adapter_name])
         self._start = self._deep = None
         # A new module is in training mode: its dropout would act on a model that was put into evaluation mode before.
         target.ptuning_encoders[adapter_name].train(self.model.training)

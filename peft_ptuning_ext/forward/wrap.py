@@ -28,6 +28,7 @@ from .attention import adapt_attention, restore_attention
 from .call import Call
 from .deep_decoder import DeepDecoder
 from .in_attention import NotRecorded, StoredStates
+from .sequence_parallel import check_whole_texts
 
 
 @dataclass
@@ -70,6 +71,7 @@ def run(stack: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
     if not names or call.tokens is None:  # the model has its own error for no text, and for two
         return forward(**call.given)
     call.check_names()
+    check_whole_texts(call.stack)
     if layer.placeholder_id is not None:
         return in_place.run(forward, call, layer, layer.dtype or stack.dtype)
     if call.cached_prompt is not None:

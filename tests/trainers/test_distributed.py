@@ -5,14 +5,10 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import accelerate_loop
+import processes
 import pytest
 import text_classification
 import torch
@@ -33,24 +29,9 @@ LAYERS = {"Llama": "LlamaDecoderLayer", "BERT": "BertLayer"}
 
 
 def launch(config: str, *arguments: str) -> None:
-    """`accelerate launch`, which ends with everything that it has started after a deadline at the latest."""
-    loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / config), *arguments]
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "GLOO_SOCKET_IFNAME": loopback, "OMP_NUM_THREADS": "1"},
-    )
-    try:
-        output, _ = process.communicate(timeout=2 * DEADLINE)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGTERM)  # of which the launcher tells its processes, groups of their own
-            process.wait(DEADLINE)
-    assert process.returncode == 0, output
+    """`accelerate launch` with one of the recipes' configs."""
+    program = ["--config_file", str(CONFIGS / config), *arguments]
+    processes.launch("accelerate.commands.launch", *program, deadline=2 * DEADLINE)
 
 
 @pytest.mark.parametrize("prompted", PROMPTED)
