@@ -90,6 +90,7 @@ assert "prompt_effect" in after[10]["trainer"].state.log_history[0]
 assert len(nearest) == 20 and len(nearest[0]) == 3 and -1 <= similarity <= 1
 assert static.equal(answer)
 assert more.shape[1] == first.sequences.shape[1] + 8
+assert [len(output.generated_tokens) for output in outputs.values()] == [8, 8]
 assert model.prompt_route == "shared"
 assert vectors.shape == (2, 32)
 

@@ -89,6 +89,7 @@ def attach(model: nn.Module) -> None:
 
 def detach(model: nn.Module) -> None:
     """Undoes [`attach`]."""
+    _served.pop(find_stack(model), None)
     for module in model.modules():
         if getattr(vars(module).get(ENTRY), "func", None) is init_continuous_batching:
             delattr(module, ENTRY)
