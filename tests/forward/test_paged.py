@@ -259,7 +259,7 @@ def test_other_calls_find_the_attention_as_it_was(prompt) -> None:
     with serving(model):
         assert base.config._attn_implementation == "sdpa"
     assert base.config._attn_implementation == "ptuning_sdpa"
-    with pytest.raises(ValueError, match="no place|can't be compiled"):
+    with pytest.raises(ValueError, match="can't be compiled"):
         together(model, config=settings(default_compile_level=1))
     with pytest.raises(ZeroDivisionError):  # an error of transformers' own
         together(model, generation_config=GREEDY, config=settings(page_size=0))
