@@ -65,7 +65,7 @@ def run(stack: PreTrainedModel, forward: Callable, call: Call, prompt: Prompt, e
     """
     if call.given_positions is None:
         call.check_packing()
-    call.check_per_token(RULED_INPUTS)
+    call.check_per_token({*RULED_INPUTS, *PACKING_INPUTS})
     call.check_lengths(0, prompt.length, call.plain_mask)
     rows, text = embeds.shape[:2]
     positions = text_positions(call, call.plain_mask, prompt) + prompt.length

@@ -90,6 +90,9 @@ def test_texts_packed_by_their_positions(family) -> None:
     packed, stored = both_ways(model, input_ids=ids, position_ids=positions, use_cache=False)
     assert_same(packed.logits, stored.logits)
     assert_same(*(each.logits for each in both_ways(model, input_ids=ids, position_ids=positions)))  # one text
+    described = {"seq_idx": torch.tensor([[0] * 4 + [1] * 5]), "cu_seq_lens_q": torch.tensor([0, 4, 9])}
+    first = {"input_ids": ids[:1], "position_ids": positions[:1], "use_cache": False}
+    assert_same(model(**first, **described).logits, packed.logits[:1])  # as TRL tells what it has packed
     alone = model(input_ids=ids[:1, 4:]).logits
     torch.testing.assert_close(packed.logits[:1, 4:], alone, **CLOSE)
 
