@@ -13,7 +13,8 @@ from typing import Optional
 import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto import modeling_auto
 
 
@@ -81,8 +82,8 @@ POSITION_TABLES = ("position_embeddings", "wpe", "embed_positions")
 # Classes that measure distance by the unmasked tokens in between: padding between prompt and text changes nothing.
 DISTANCE_BY_MASK = frozenset({"BloomModel"})
 
-# Attention implementations that take a prompt, and the names that they have on an adapted model.
-ATTENTION_NAMES = {"sdpa": "ptuning_sdpa", "eager": "ptuning_eager"}
+# What the name of an attention implementation begins with on an adapted model; the rest is the model's own.
+ADAPTED = "ptuning_"
 
 # Attention that calculates by itself: the modules that make its keys and values of the text.
 KEY_VALUE_PROJECTIONS: dict[str, tuple[str, str]] = {
@@ -248,9 +249,8 @@ def why_not_in_decoder(decoder: PreTrainedModel) -> Optional[str]:
         return "its attention does not go through transformers' attention interface"
     if (reason := _other_layers(decoder.config)) is not None:
         return reason
-    implementation = decoder.config._attn_implementation
-    if implementation not in {*ATTENTION_NAMES, *ATTENTION_NAMES.values()}:
-        return f"its attention implementation is {implementation!r}, not one of {[*ATTENTION_NAMES]}"
+    if (reason := _why_not_implementation(decoder)) is not None:
+        return reason
     if not any(getattr(module, "is_causal", None) is True for module in decoder.modules()):
         return "its self-attention does not say that it is causal, and can't be told from its cross-attention"
     return None
@@ -382,11 +382,40 @@ def _why_not_in_attention(backbone: PreTrainedModel) -> Optional[str]:
         return "its attention does not go through transformers' attention interface"
     if (reason := _other_layers(config)) is not None:
         return reason
-    implementation = config._attn_implementation
-    if implementation not in {*ATTENTION_NAMES, *ATTENTION_NAMES.values()}:
-        return f"its attention implementation is {implementation!r}, not one of {[*ATTENTION_NAMES]}"
+    if (reason := _why_not_implementation(backbone)) is not None:
+        return reason
     if config.output_attentions:
         return "its config asks for `output_attentions`"
+    return None
+
+
+def adapted_name(implementation: Optional[str]) -> str:
+    """What an attention implementation is called on an adapted model: `sdpa` → `ptuning_sdpa`."""
+    return f"{ADAPTED}{own_name(implementation)}"
+
+
+def own_name(implementation: Optional[str]) -> str:
+    """What the model itself calls its attention implementation: `ptuning_sdpa` → `sdpa`."""
+    return str(implementation).removeprefix(ADAPTED)
+
+
+def is_adapted(implementation: Optional[str]) -> bool:
+    """Whether the name of an attention implementation is that of an adapted model."""
+    return implementation is not None and implementation.startswith(ADAPTED)
+
+
+def attention_functions(cls: type[nn.Module]) -> AttentionInterface:
+    """The attention functions that the models in the file of a class choose from."""
+    return getattr(sys.modules[cls.__module__], "ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
+
+
+def _why_not_implementation(stack: PreTrainedModel) -> Optional[str]:
+    """Why an attention implementation takes no prompt; `None` if it does."""
+    name = own_name(stack.config._attn_implementation)
+    if name.startswith("paged|"):
+        return f"its attention implementation is {name!r}, which is for continuous batching"
+    if name != "eager" and name not in attention_functions(type(stack)):
+        return f"its attention implementation is {name!r}, which is not registered with `AttentionInterface`"
     return None
 
 
@@ -409,14 +438,13 @@ def _deep_way(backbone: PreTrainedModel, is_causal: bool) -> tuple[Optional[str]
         return "projections", None
     takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
     has_interface = hasattr(sys.modules[type(backbone).__module__], "ALL_ATTENTION_FUNCTIONS")
-    is_known = config._attn_implementation in {*ATTENTION_NAMES, *ATTENTION_NAMES.values()}
-    if takes_any and has_interface and is_known:
+    reason = _why_not_implementation(backbone)
+    if takes_any and has_interface and reason is None:
         return "attention", None
     if is_causal and not {"cache", "past_key_values"}.isdisjoint(parameters):
         return "cache", None
     if takes_any and has_interface:
-        known = [*ATTENTION_NAMES]
-        return None, f"its attention implementation is {config._attn_implementation!r}, not one of {known}"
+        return None, reason
     return None, "its attention does not go through transformers' attention interface"
 
 

@@ -10,22 +10,21 @@ from __future__ import annotations
 
 import sys
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
 import torch
 from torch import nn
-from torch.nn import functional
-from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import eager_mask, sdpa_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from ..backbone import ATTENTION_NAMES
+from ..backbone import adapted_name, attention_functions, is_adapted, own_name
 from ..prompts.prompt import Prompt, States
+from .back_ends import Inputs, NamedAttention, attend, check_form
 from .call import leading_padding
-from .merged_attention import can_merge, merged_attention
 
 
 # The argument by which the backbone hands the prompt down to its attention.
@@ -33,9 +32,6 @@ KEYWORD = "ptuning_prompt"
 
 # The attribute of an attention that has no `layer_idx`: which layer it is.
 LAYER = "ptuning_layer"
-
-# Up to so many numbers of keys, copying them for a single query takes less time than merging two attentions.
-SMALL = 2**15
 
 
 @dataclass
@@ -51,7 +47,7 @@ class InFront:
             The call's positions, counted from the prompt's first token: (B or 1, S), or (3, B, S) of images; `None`
             for those of the columns.
         is_causal (`bool`): Whether the backbone looks back only.
-        masks (`dict`): Masks with the prompt's columns, which layers share.
+        masks (`dict`): Masks with the prompt's columns, and what else layers share.
         attended (`int`): How many layers were called so far that do not say which they are.
     """
 
@@ -73,9 +69,7 @@ class InFront:
             query (`torch.Tensor`): (B, heads, S, D).
             key (`torch.Tensor`): The text's, (B, key-value heads, N, D).
             value (`torch.Tensor`): The text's.
-            mask (`torch.Tensor`, *optional*):
-                The text's, (B or 1, heads or 1, S, N or more), boolean or additive; `None`: causal, or all of it for a
-                backbone that looks both ways.
+            mask (`Any`): The text's, of the kind that the attention function takes.
             kwargs (`dict`): The further arguments of the attention function.
         """
         layer = layer_of(module)
@@ -85,70 +79,25 @@ class InFront:
         if not key.dtype == prompt_key.dtype == prompt_value.dtype or prompt_key.device != key.device:
             # Under autocast, keys that went through rotary embeddings may be float32 beside values in bfloat16.
             prompt_key, prompt_value = prompt_key.to(key), prompt_value.to(key)
-        window, queries, tokens = kwargs.get("sliding_window"), query.shape[2], key.shape[2]
+        window, is_causal = kwargs.get("sliding_window"), kwargs.get("is_causal")
         if window is not None and not isinstance(self.past, torch.Tensor):
             # A window longer than the whole sequence hides nothing.
             window = None if self.past + self.queries + self.prompt.length <= window else window
-        given_mask, mask = mask, mask if mask is None else mask[..., :tokens]
-        is_causal = self.is_causal and queries > 1
-        if mask is None and is_causal and queries < self.queries:  # the queries are those of the last tokens only
-            mask = torch.ones(self.queries, tokens, dtype=torch.bool, device=key.device).tril()[None, None, -queries:]
-        copied = key.numel() + len(key) * prompt_key.numel()
-        is_small = queries == 1 and copied <= SMALL and not torch.is_grad_enabled()
-        is_plain = attention is sdpa_attention_forward and window is None
-        if is_plain and not is_small and can_merge(query, key, value, kwargs):
-            scale = kwargs.get("scaling")
-            return merged_attention(query, key, value, prompt_key, prompt_value, mask, is_causal, scale), None
-        if len(key) > 1:
-            prompt_key, prompt_value = (t.expand(len(key), -1, -1, -1) for t in (prompt_key, prompt_value))
-        key, value = torch.cat([prompt_key, key], dim=2), torch.cat([prompt_value, value], dim=2)
-        if (bias := kwargs.get("position_bias")) is not None:  # the prompt has no distance to the text
-            kwargs["position_bias"] = functional.pad(bias[..., :tokens], (self.prompt.length, 0))
-        if mask is None and window is None and not is_causal:
-            pass  # all is seen
-        elif mask is None and window is None and queries == tokens and bias is None:
-            mask = causal_lower_right(tokens, key.shape[2])
-        else:
-            mask = self._mask(given_mask, mask, queries, tokens, window, key.device)
-        return attention(module, query, key, value, mask, **kwargs)
+        is_causal = self.is_causal if is_causal is None else is_causal
+        states = (prompt_key, prompt_value)
+        return attend(self, Inputs(attention, module, query, key, value, mask, kwargs, *states, window, is_causal))
 
-    def _mask(
-        self,
-        given: Optional[torch.Tensor],
-        mask: Optional[torch.Tensor],
-        queries: int,
-        tokens: int,
-        window: Optional[int],
-        device: torch.device,
-    ) -> torch.Tensor:
-        """The text's mask with the prompt's columns. Layers that were `given` one mask share the result."""
+    def share(self, given: Any, key: Any, make: Callable[[], Any]) -> Any:
+        """What is made of what layers were `given`, once for all that were given the same; `key` tells uses apart."""
         if torch.compiler.is_compiling():
-            return self._widen_mask(mask, queries, tokens, window, device)
-        of_mask, widened = self.masks.get((window, queries, tokens), (self, None))
-        if of_mask is not given:
-            widened = self._widen_mask(mask, queries, tokens, window, device)
-            self.masks[window, queries, tokens] = given, widened
-        return widened.to(device)
+            return make()
+        of_given, made = self.masks.get(key, (self, None))
+        if of_given is not given:
+            made = make()
+            self.masks[key] = given, made
+        return made
 
-    def _widen_mask(
-        self, mask: Optional[torch.Tensor], queries: int, tokens: int, window: Optional[int], device: torch.device
-    ) -> torch.Tensor:
-        length = self.prompt.length
-        if mask is None:
-            mask = torch.ones(1, 1, queries, tokens, dtype=torch.bool, device=device)
-            mask = mask.tril() if self.is_causal and queries > 1 else mask
-        if window is None:
-            visible = torch.ones(1, 1, 1, length, dtype=torch.bool, device=device)
-        else:
-            column = torch.arange(length, device=device)
-            # Some models compute queries for the last tokens only.
-            visible = self._distances(device)[:, None, -queries:, None] - column < window
-        if mask.dtype != torch.bool:
-            visible = mask.new_zeros(()).masked_fill(~visible, torch.finfo(mask.dtype).min)
-        shape = torch.broadcast_shapes(mask.shape[:-1], visible.shape[:-1])
-        return torch.cat([visible.expand(*shape, -1), mask.expand(*shape, -1)], dim=-1)
-
-    def _distances(self, device: torch.device) -> torch.Tensor:
+    def distances(self, device: torch.device) -> torch.Tensor:
         """How far behind the prompt's first token the tokens of the call are: (B or 1, S)."""
         if self.mask is None and self.positions is not None and self.positions.dim() == 2:
             return self.positions.to(device)  # those of multimodal embeddings are no distances
@@ -172,6 +121,7 @@ class Recording:
         self.modules[layer] = module
         self.windows[layer] = kwargs.get("sliding_window")
         self.attended += 1
+        check_form(attention, module, query, value, kwargs)
         return attention(module, query, key, value, mask, **kwargs)
 
 
@@ -181,21 +131,7 @@ def layer_of(module: nn.Module) -> Optional[int]:
     return getattr(module, LAYER, None) if layer is None else layer
 
 
-def _sdpa_attention(module, query, key, value, attention_mask, **kwargs):
-    prompt, attention = kwargs.pop(KEYWORD, None), ALL_ATTENTION_FUNCTIONS["sdpa"]
-    if prompt is None:
-        return attention(module, query, key, value, attention_mask, **kwargs)
-    return prompt.attend(attention, module, query, key, value, attention_mask, kwargs)
-
-
-def _eager_attention(module, query, key, value, attention_mask, **kwargs):
-    prompt, attention = kwargs.pop(KEYWORD, None), _own_eager_attention(type(module))
-    if prompt is None:
-        return attention(module, query, key, value, attention_mask, **kwargs)
-    return prompt.attend(attention, module, query, key, value, attention_mask, kwargs)
-
-
-def _own_eager_attention(attention_class: type[nn.Module]):
+def _own_eager_attention(attention_class: type[nn.Module]) -> Callable:
     """Every model has an eager attention of its own, in the file of its attention class."""
     for parent in attention_class.__mro__:
         if (function := getattr(sys.modules[parent.__module__], "eager_attention_forward", None)) is not None:
@@ -203,10 +139,47 @@ def _own_eager_attention(attention_class: type[nn.Module]):
     raise ValueError(f"{attention_class.__name__} has no eager attention. Choose `attn_implementation='sdpa'`.")
 
 
-AttentionInterface.register(ATTENTION_NAMES["sdpa"], _sdpa_attention)
-AttentionInterface.register(ATTENTION_NAMES["eager"], _eager_attention)
-AttentionMaskInterface.register(ATTENTION_NAMES["sdpa"], sdpa_mask)
-AttentionMaskInterface.register(ATTENTION_NAMES["eager"], eager_mask)
+def _attention_of(implementation: str, module: nn.Module) -> Callable:
+    """The attention function of a layer, as its model would find it."""
+    function = attention_functions(type(module)).get(implementation)
+    if function is None and implementation == "eager":
+        return _own_eager_attention(type(module))
+    if function is None:
+        raise ValueError(
+            f"The attention implementation {implementation!r} is not registered. Register it with "
+            "`AttentionInterface.register`, as it was where the adapter was added."
+        )
+    if function in (sdpa_attention_forward, flex_attention_forward):
+        return function
+    return NamedAttention(implementation, function, ALL_MASK_ATTENTION_FUNCTIONS.get(implementation))
+
+
+def register(implementation: str) -> str:
+    """Registers the attention of adapted models with this implementation, and returns its name."""
+
+    def attention(module, query, key, value, attention_mask, **kwargs):
+        prompt, function = kwargs.pop(KEYWORD, None), _attention_of(implementation, module)
+        if prompt is None:
+            return function(module, query, key, value, attention_mask, **kwargs)
+        return prompt.attend(function, module, query, key, value, attention_mask, kwargs)
+
+    name = adapted_name(implementation)
+    AttentionInterface.register(name, attention)
+    if (mask_function := ALL_MASK_ATTENTION_FUNCTIONS.get(implementation)) is not None:
+        AttentionMaskInterface.register(name, mask_function)
+    return name
+
+
+class _Registered:
+    """What an adapted backbone carries at `ptuning_attention`: wherever it is loaded, its attention is registered."""
+
+    def __init__(self, implementation: str):
+        self.implementation = implementation
+        register(implementation)
+
+    def __reduce__(self) -> tuple:
+        return _Registered, (self.implementation,)
+
 
 # The backbones whose config has a name of ours. Several may have one config, which is then written back by the last.
 _adapted: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -214,15 +187,16 @@ _adapted: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 def adapt_attention(stack: PreTrainedModel) -> None:
     """Lets the attention of `stack` take a prompt."""
-    config = stack.config
-    config._attn_implementation = ATTENTION_NAMES.get(config._attn_implementation, config._attn_implementation)
+    implementation = own_name(stack.config._attn_implementation)
+    stack.ptuning_attention = _Registered(implementation)
+    stack.config._attn_implementation = adapted_name(implementation)
     _adapted.add(stack)
 
 
 def restore_attention(stack: PreTrainedModel) -> None:
     """Undoes [`adapt_attention`]."""
     _adapted.discard(stack)
-    originals = {name: original for original, name in ATTENTION_NAMES.items()}
+    vars(stack).pop("ptuning_attention", None)
     implementation = stack.config._attn_implementation
-    if implementation in originals and not any(other.config is stack.config for other in _adapted):
-        stack.config._attn_implementation = originals[implementation]
+    if is_adapted(implementation) and not any(other.config is stack.config for other in _adapted):
+        stack.config._attn_implementation = own_name(implementation)

@@ -20,11 +20,11 @@ from peft.utils.integrations import gather_params_ctx
 from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from ..backbone import ATTENTION_NAMES, DISTANCE_BY_MASK, Backbone, table_of
+from ..backbone import DISTANCE_BY_MASK, Backbone, own_name, table_of
 from ..prompts.layer import PTuningLayer, execution_device
 from ..prompts.prompt import Prompt, States
 from . import in_attention, in_row, projections
-from .attention import KEYWORD, LAYER, Recording, adapt_attention, layer_of
+from .attention import KEYWORD, LAYER, Recording, adapt_attention, layer_of, register
 from .cache import full_view, note_prompt
 from .call import Call
 from .in_attention import NotRecorded, check_recording
@@ -121,7 +121,7 @@ def check_implementation(stack: PreTrainedModel) -> None:
         raise ValueError(
             f"The attention implementation of this {type(stack).__name__} was changed to "
             f"{stack.config._attn_implementation!r}, which does not see a prompt in every layer. Set it before the "
-            f"adapter is added, to one of {[*ATTENTION_NAMES]}."
+            "adapter is added."
         )
 
 
@@ -259,7 +259,7 @@ def _record(stack: PreTrainedModel, arguments: dict[str, Any]) -> Recording:
 def record_call(stack: PreTrainedModel, arguments: dict[str, Any], recording: Any) -> None:
     """Calls a stack so that its attention is handed to `recording`, whether or not it takes prompts by now."""
     config, implementation = stack.config, stack.config._attn_implementation
-    config._attn_implementation = ATTENTION_NAMES.get(implementation, implementation)
+    config._attn_implementation = register(own_name(implementation))
     try:
         stack(**arguments, **{KEYWORD: recording})
     finally:

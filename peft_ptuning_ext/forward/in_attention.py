@@ -21,12 +21,13 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers import Cache, PreTrainedModel
 
-from ..backbone import ATTENTION_NAMES
+from ..backbone import is_adapted
 from ..prompts.layer import PTuningLayer
 from ..prompts.prompt import Prompt, States
 from .attention import KEYWORD, InFront, Recording
 from .cache import note_prompt_beside
 from .call import Call, count_positions
+from .seen import NotRecorded
 
 
 # For how many adapters of a model keys and values are stored; the oldest entry goes first.
@@ -35,10 +36,6 @@ MAX_STORED = 16
 
 # Modules of adapters of other methods.
 STATEFUL = (BaseTunerLayer, AuxiliaryTrainingWrapper)
-
-
-class NotRecorded(Exception):
-    """What a pass of the prompt found out about the backbone: why its keys and values can't be computed apart."""
 
 
 def run(forward: Callable, call: Call, prompt: Prompt) -> Any:
@@ -102,7 +99,7 @@ def why_not(stack: PreTrainedModel) -> Optional[str]:
 
 def takes_prompt(stack: PreTrainedModel) -> bool:
     """Whether the attention of this backbone is one that takes a prompt now."""
-    return stack.config._attn_implementation in ATTENTION_NAMES.values()
+    return is_adapted(stack.config._attn_implementation)
 
 
 def is_sharded(stack: PreTrainedModel) -> bool:

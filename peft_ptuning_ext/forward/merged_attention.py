@@ -11,7 +11,8 @@ Backward: each part's kernel is called with the output and the log-sum-exp of th
 these two only to rebuild the softmax's weights, so each call returns exactly its part of the gradient.
 
 The kernels are those of `scaled_dot_product_attention` on the CPU, which do not return a log-sum-exp under any public
-name. Where torch has them no longer, [`can_merge`] says no, and the prompt's keys and values are concatenated.
+name: `flex_attention` does so elsewhere, and `varlen_attn` on GPUs. Where torch has them no longer, [`can_merge`] says
+no, and the prompt's keys and values are concatenated, which gives the same numbers and takes more time.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ import torch
 from torch.autograd.function import once_differentiable
 from transformers.integrations.sdpa_attention import repeat_kv
 
+
+# Arguments that change what the softmax is taken of. The model's own function is to say what it does with them.
+OTHER_SOFTMAX = ("position_bias", "softcap", "s_aux", "cache")
 
 # Private operators, which a release of torch may rename: `None` where they are gone.
 _attention = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
@@ -40,7 +44,7 @@ def can_merge(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kwarg
         and query.dtype == key.dtype == value.dtype
         and query.shape[-1] == value.shape[-1]
         and not kwargs.get("dropout")
-        and kwargs.get("position_bias") is None
+        and all(kwargs.get(name) is None for name in OTHER_SOFTMAX)
     )
 
 

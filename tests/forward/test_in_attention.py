@@ -17,7 +17,7 @@ from reference import V, embedding_and_backbone, make_batch
 from releases import CACHE
 from transformers import DynamicCache, StaticCache
 
-from peft_ptuning_ext.forward import attention
+from peft_ptuning_ext.forward import attention, back_ends
 from peft_ptuning_ext.forward.in_attention import MAX_STORED
 from peft_ptuning_ext.prompts.prompt import Prompt
 
@@ -70,7 +70,6 @@ def test_which_route_is_taken() -> None:
     ("family", "overrides", "reason"),
     [
         ("Llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "rotary embedding"),
-        ("Llama", {"attn_implementation": "flex_attention"}, "'flex_attention', not one of"),
         ("GPT-2", {"add_cross_attention": True}, "cross-attention"),
         ("Gemma 3", {"use_bidirectional_attention": True}, "not causal"),
     ],
@@ -398,7 +397,7 @@ def test_the_shared_prompts_gradient_through_every_encoder(family) -> None:
 @pytest.mark.parametrize("family", SHARED)
 def test_both_kernels_are_right_with_every_mask(family, kernel, monkeypatch) -> None:
     if kernel == "joined":
-        monkeypatch.setattr(attention, "can_merge", lambda *args: False)
+        monkeypatch.setattr(back_ends, "can_merge", lambda *args: False)
     model = make_adapted(family)
     other = concatenating(model)
     for lengths in ((S, S), (S, S - 2)):
@@ -428,7 +427,7 @@ def test_a_window_that_just_reaches_the_prompt(window) -> None:
 def test_queries_of_the_last_tokens_only(kernel, window, monkeypatch) -> None:
     """Gemma 4 has layers that attend to the keys of others, for the tokens whose logits are asked for."""
     if kernel == "joined":
-        monkeypatch.setattr(attention, "can_merge", lambda *args: False)
+        monkeypatch.setattr(back_ends, "can_merge", lambda *args: False)
     module = stack_of(make_adapted()).layers[0].self_attn
     query, key, value = torch.randn(2, 4, S, 8), torch.randn(2, 2, S, 8), torch.randn(2, 2, S, 8)
     prompt = Prompt(("default",), V, states={0: (torch.randn(1, 2, V, 8), torch.randn(1, 2, V, 8))})
@@ -465,13 +464,13 @@ def test_layers_share_a_widened_mask(padded, monkeypatch) -> None:
     model = make_adapted(sizes={"attn_implementation": "eager", "num_hidden_layers": 4})
     batch = make_batch("Llama", "CAUSAL_LM", lengths=(S, S - 2 if padded else S))
     expected = model(**batch).logits
-    calls, widen = [], attention.InFront._widen_mask
+    calls, widen = [], back_ends._widen
 
-    def count(self, *args):
+    def count(*args):
         calls.append(args)
-        return widen(self, *args)
+        return widen(*args)
 
-    monkeypatch.setattr(attention.InFront, "_widen_mask", count)
+    monkeypatch.setattr(back_ends, "_widen", count)
     assert torch.equal(model(**batch).logits, expected)
     assert len(calls) == 1
 
