@@ -10,9 +10,7 @@ from typing import Any, Optional
 
 import torch
 from torch import nn
-from torch.nn.attention.flex_attention import create_mask
 from transformers import Cache
-from transformers.masking_utils import BlockMask
 
 from ..backbone import PACKING_INPUTS, REFUSED_INPUTS, UNTOUCHED_INPUTS, Backbone
 from ..prompts.prompt import Prompt
@@ -103,10 +101,9 @@ class Call:
         if mask is None or (isinstance(mask, torch.Tensor) and mask.dim() == 2):
             return mask
         of_all = mask.get("full_attention") if isinstance(mask, dict) else None
-        if isinstance(of_all, BlockMask):
-            rows, _, queries, columns = of_all.shape
-            of_all = create_mask(of_all.mask_mod, rows, None, queries, columns, device=self.tokens.device)
-        if of_all is None or of_all.dim() == 2:  # flash attention's is of padding only
+        if not isinstance(of_all, torch.Tensor):
+            return None
+        if of_all.dim() == 2:  # flash attention's is of padding only
             return of_all
         seen = of_all[:, 0, -1]  # by the last token: all but padding
         return seen if seen.dtype == torch.bool else seen == 0
