@@ -118,6 +118,14 @@ def upper_left(module, query, key, value, attention_mask, scaling=None, **_) -> 
     return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, is_causal=is_causal)
 
 
+def causal_eager(module, query, key, value, attention_mask, **kwargs) -> tuple:
+    """Somebody's own: the first query sees the first key alone, unless an additive mask says otherwise."""
+    if attention_mask is None and module.is_causal and query.shape[2] > 1:
+        ahead = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).triu(1)
+        attention_mask = query.new_zeros(ahead.shape).masked_fill(ahead, float("-inf"))[None, None]
+    return eager_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
 def in_flash(module, query, key, value, attention_mask, **kwargs) -> tuple:
     """Somebody's own, in front of flash attention."""
     kwargs["attn_implementation"] = "flash_attention_2"
@@ -141,6 +149,8 @@ OWN = {
     "of sdpa": (with_a_mask(sdpa_attention_forward), sdpa_mask),
     "of eager": (with_a_mask(eager_attention_forward), eager_mask),
     "of sdpa, no masks": (with_a_mask(sdpa_attention_forward), None),
+    "of eager, no masks": (causal_eager, None),
+    "ahead": (with_a_mask(eager_attention_forward), None),
     "of flash": (in_flash, flash_attention_mask),
     "lower right": (lower_right, None),
     "upper left": (upper_left, None),

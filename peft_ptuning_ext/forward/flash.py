@@ -25,12 +25,9 @@ if TYPE_CHECKING:
 
 def attend(front: InFront, inputs: Inputs) -> tuple[torch.Tensor, Any]:
     """Attention whose mask is (B, N), true or 1 where there is no padding; `None` if there is none."""
-    given, kwargs = inputs.mask, inputs.kwargs
+    given = inputs.mask
     if given is None and (starts := starts_of_texts(front, inputs)) is not None:
         return _attend_packed(front, inputs, starts)
-    if "position_ids" in kwargs:
-        # They only tell it of packed texts. It would take keys for as many as positions, and there are V more.
-        kwargs["position_ids"] = None
     if given is None:
         return inputs.run(None)
     tokens = inputs.key.shape[2]

@@ -34,9 +34,10 @@ class Form(Enum):
 _forms: dict[tuple[Any, str, bool], Optional[Form]] = {}
 _keeps_apart: dict[tuple[Any, str], bool] = {}
 
-# Two queries, and four keys that end with theirs.
-ALL = ((True,) * 4,) * 2
+# Two queries and their keys, and two keys more in front of these.
+CAUSAL_ALONE = ((True, False), (True, True))
 CAUSAL = ((True, True, True, False), (True, True, True, True))
+ALL = ((True,) * 4,) * 2
 # Two texts of one token, each behind a prompt of one.
 APART = ((True, True, False, False), (False, False, True, True))
 
@@ -96,6 +97,8 @@ def _find_form(attention: Any, is_causal: bool, *sample: Any) -> Optional[Form]:
     if key not in _forms:
         expected = dict.fromkeys(Form, CAUSAL) | {Form.NONE: CAUSAL if is_causal else ALL}
         forms = ORDERS.get(attention.mask_function, OTHER)
+        if forms is not OTHER and is_causal and not _sees(CAUSAL_ALONE, attention, *sample, form=Form.NONE):
+            forms = []  # its model sees what is ahead, prompt or not
         _forms[key] = next((form for form in forms if _sees(expected[form], attention, *sample, form=form)), None)
     return _forms[key]
 
@@ -123,20 +126,20 @@ def _sees(
     **more: Any,
 ) -> bool:
     """Whether each query sees exactly the keys that are expected."""
-    width, (heads, of_values) = query.shape[-1], value.shape[1::2]
+    width, (heads, of_values), number = query.shape[-1], value.shape[1::2], len(expected[0])
     seen = torch.tensor(expected, device=query.device)[None, None]
     masks = {Form.NONE: None, Form.BOOLEAN: seen}
     masks[Form.ADDITIVE] = query.new_zeros(seen.shape).masked_fill(~seen, torch.finfo(query.dtype).min)
-    queries, keys = query.new_zeros(1, query.shape[1], 2, width), query.new_zeros(1, heads, 4, width)
+    queries, keys = query.new_zeros(1, query.shape[1], 2, width), query.new_zeros(1, heads, number, width)
     arguments = {name: LEFT_OUT.get(name, argument) for name, argument in kwargs.items()} | more
     shown = []
     try:
-        for key in range(4):
-            values = value.new_zeros(1, heads, 4, of_values)
+        for key in range(number):
+            values = value.new_zeros(1, heads, number, of_values)
             values[:, :, key] = 1
             output, *_ = attention(module, queries, keys, values, masks[form], **arguments)
             shown.append(output[0].flatten(1) > 0)  # (2, heads · D)
     except Exception:  # whatever it says of a mask that it does not take
         return False
-    columns = torch.stack(shown, dim=1)  # (2, 4, heads · D)
+    columns = torch.stack(shown, dim=1)  # (2, keys, heads · D)
     return bool((columns == seen[0, 0, :, :, None]).all())

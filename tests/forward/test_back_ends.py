@@ -31,7 +31,7 @@ from peft_ptuning_ext.prompts.prompt import Prompt
 pytestmark = pytest.mark.usefixtures("kernels")
 
 WITH_MASKS = ["flash_attention_2", "flex_attention", "of sdpa", "of eager", "of flash"]
-EVERY = [*WITH_MASKS, "of sdpa, no masks", "lower right"]
+EVERY = [*WITH_MASKS, "of sdpa, no masks", "of eager, no masks", "lower right"]
 
 every = pytest.mark.parametrize("implementation", EVERY)
 depths = pytest.mark.parametrize("depth", ["INPUT", "DEEP"])
@@ -192,15 +192,17 @@ def test_sinks() -> None:
     close(found[mask], expected[mask])
 
 
-def test_a_function_that_sees_no_keys_in_front() -> None:
-    reason = "its attention implementation 'upper left' does not see keys in front of the text's"
-    model, batch = make_on("upper left"), make_padded("none")
+@pytest.mark.parametrize("implementation", ["upper left", "ahead"])
+def test_a_function_that_sees_no_keys_in_front(implementation) -> None:
+    reason = f"its attention implementation {implementation!r} does not see keys in front of the text's"
+    model, batch, base = make_on(implementation), make_padded("none"), make_double()
+    base.config._attn_implementation = implementation
     with torch.no_grad():
         output = model(**batch).logits
     assert model.prompt_route == f"concatenated: {reason}"
-    close(output, concatenated(make_double(), "CAUSAL_LM", model.prompt_embeddings().detach().double(), batch))
+    close(output, concatenated(base, "CAUSAL_LM", model.prompt_embeddings().detach().double(), batch))
     with pytest.raises(ValueError, match=f"can't be given to LlamaModel: {reason}. Choose prompt_depth='INPUT'"):
-        make_on("upper left", prompt_depth="DEEP")
+        make_on(implementation, prompt_depth="DEEP")
 
 
 @torch.no_grad()
