@@ -26,7 +26,7 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
-from ..backbone import ATTENTION_NAMES
+from ..backbone import own_name
 from ..prompts.adapter import find_stack, layer_of
 from ..prompts.layer import PTuningLayer
 from ..prompts.prompt import Prompt
@@ -37,7 +37,8 @@ from .deep import in_evaluation, record_prompt
 # The method of a model that all ways to continuous batching go through.
 ENTRY = "init_continuous_batching"
 
-# What transformers calls the attention implementations that read a paged cache by a mask.
+# Attention implementations that get masks of four dimensions, and how transformers calls them behind a paged cache.
+MASKED_NAMES = ("sdpa", "eager")
 PAGED_NAMES = ("sdpa", "paged|eager")
 
 
@@ -175,9 +176,7 @@ def _stop(manager: ContinuousBatchingManager, *args: Any, **kwargs: Any) -> None
 
 def _leave_attention(stack: PreTrainedModel) -> None:
     """Gives the attention the name that transformers knows as one for continuous batching."""
-    originals = {name: original for original, name in ATTENTION_NAMES.items()}
-    implementation = stack.config._attn_implementation
-    stack.config._attn_implementation = originals.get(implementation, implementation)
+    stack.config._attn_implementation = own_name(stack.config._attn_implementation)
 
 
 def _take_attention(stack: PreTrainedModel) -> None:
@@ -222,8 +221,8 @@ def _why_not(stack: PreTrainedModel, layer: PTuningLayer) -> Optional[str]:
         return "its slots are in the texts, of which a step may bring a part"
     if backbone.deep_way != "attention":
         return backbone.not_deep or "its attention does not go through transformers' attention interface"
-    if (implementation := stack.config._attn_implementation) not in (*ATTENTION_NAMES.values(), *PAGED_NAMES):
-        return f"its attention implementation is {implementation!r}, not one of {[*ATTENTION_NAMES]}"
+    if (implementation := own_name(stack.config._attn_implementation)) not in (*MASKED_NAMES, *PAGED_NAMES):
+        return f"its attention implementation is {implementation!r}, not one of {[*MASKED_NAMES]}"
     if layer.is_deep(layer.prompt_names[0]):
         return None
     return backbone.not_in_attention or backbone.not_recorded or attachment.not_recorded
