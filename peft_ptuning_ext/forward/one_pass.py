@@ -22,11 +22,14 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from ..backbone import PACKING_INPUTS, PER_TOKEN_FILLS
 from ..prompts.prompt import Prompt, States
 from .attention import KEYWORD, InFront, layer_of
-from .cache import note_prompt_beside
+from .cache import is_static, note_prompt_beside
 from .call import Call
 from .in_attention import NotRecorded, check_recording, is_sharded, text_positions
 from .in_row import RULED_INPUTS
 
+
+# The share of positions above which this way pays, times the width H of the model: what it costs to take a row apart.
+OVERHEAD = 50
 
 # Arguments of attention that describe the texts, and say nothing of the prompt.
 OF_TEXTS = {*PACKING_INPUTS, "max_length_q", "max_length_k"}
@@ -44,6 +47,20 @@ def is_due(stack: PreTrainedModel, call: Call) -> bool:
         return False  # compiled: whether the cache is empty can't be told
     has_token_types = call.given.get("token_type_ids") is not None
     return torch.is_grad_enabled() or stack.training or has_token_types or is_sharded(stack)
+
+
+def costs_more(call: Call, length: int) -> bool:
+    """Whether V = `length` more tokens in each row cost less than this way, and the row has a place for all inputs.
+
+    This way computes V + B·S positions instead of B·(V + S). Taking the row apart in each layer moves numbers that are
+    proportional to B·S·H, and a layer's own work is proportional to B·S·H². So it is worth its time where the share of
+    positions that it saves is above a constant divided by H. The constant is measured (docs/measurements.md).
+    """
+    rows, text = call.tokens.shape[:2]
+    if (rows - 1) * length * call.backbone.width >= OVERHEAD * rows * (text + length):
+        return False
+    is_plain = call.plain_mask is call.mask and (call.mask is not None or call.given_positions is None)
+    return is_plain and not call.packing and not (call.cache is not None and is_static(call.cache))
 
 
 def run(stack: PreTrainedModel, forward: Callable, call: Call, prompt: Prompt, embeds: torch.Tensor) -> Any:

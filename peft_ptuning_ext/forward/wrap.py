@@ -88,12 +88,13 @@ def run(stack: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
         return deep.run(stack, forward, call, prompt, layer.embed)
     if why_in_row(stack) is None:
         try:
-            if one_pass.is_due(stack, call):
-                if torch.is_grad_enabled():  # whatever trains a prompt may leave no trace of that
-                    for name in names:
-                        attachment.states.drop(name)
+            if not one_pass.is_due(stack, call):
+                return in_attention.run(forward, call, in_attention.with_states(stack, forward, prompt))
+            if torch.is_grad_enabled():  # whatever trains a prompt may leave no trace of that
+                for name in names:
+                    attachment.states.drop(name)
+            if not one_pass.costs_more(call, prompt.length):
                 return one_pass.run(stack, forward, call, prompt, _embed(call, layer))
-            return in_attention.run(forward, call, in_attention.with_states(stack, forward, prompt))
         except NotRecorded as reason:
             attachment.not_recorded = str(reason)
     return in_row.begin(stack, forward, call, prompt, _embed(call, layer), functools.partial(why_in_row, stack))

@@ -173,3 +173,33 @@ def test_processes_that_gather_weights_pass_once_with_and_without_gradients(monk
     with torch.no_grad():
         torch.testing.assert_close(model(**batch).logits, expected, **CLOSE)
     assert shapes == [(1, V + 2 * S)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "text", "length", "is_packed"),
+    [(1, S, V, False), (2, S, V, True), (16, S, V, True), (16, S, 1, True), (2, 9 * S, 1, False)],
+)
+def test_the_way_that_computes_fewer_positions_by_enough_is_taken(rows, text, length, is_packed, monkeypatch) -> None:
+    model = make_adapted("Llama", length=length)
+    width = model.get_base_model().config.hidden_size
+    monkeypatch.setattr("peft_ptuning_ext.forward.one_pass.OVERHEAD", 0.05 * width)  # a twentieth of the positions
+    shapes = watch(model)
+    model(input_ids=torch.randint(5, 90, (rows, text)))
+    packed, in_row = (1, length + rows * text), (rows, length + text)
+    assert shapes == [packed if is_packed else in_row]
+    assert is_packed == (packed[1] <= 0.95 * rows * in_row[1])
+
+
+def test_what_has_no_place_in_a_row_is_packed_at_any_cost(monkeypatch) -> None:
+    model, batch = make_adapted("Llama"), make_batch("Llama", "CAUSAL_LM", (S, S))
+    monkeypatch.setattr("peft_ptuning_ext.forward.one_pass.OVERHEAD", float("inf"))
+    ids, mask = batch["input_ids"], torch.ones(2, 1, S, S, dtype=torch.bool).tril()
+    cache = StaticCache(model.get_base_model().config, max_cache_len=9)
+    positions = torch.arange(S).expand(2, -1)
+    for inputs in ({"attention_mask": mask}, {CACHE: cache}, {"position_ids": positions}):
+        shapes = watch(model)
+        model(input_ids=ids, **inputs)
+        assert shapes == [(1, V + 2 * S)]
+    shapes = watch(model)
+    model(**batch)
+    assert shapes == [(2, V + S)]
