@@ -136,7 +136,7 @@ def _active_adapter(stack: PreTrainedModel, layer: PTuningLayer) -> Optional[str
     """The active adapter, if it has a prompt in the decoder."""
     first = first_decoder_layer(stack)
     for name in layer.prompt_names:
-        if layer.is_deep(name) and any(int(index) >= first for index in layer.ptuning_encoders[name].keys):
+        if layer.is_deep(name) and any(index >= first for index in layer.ptuning_encoders[name].shapes):
             return name
     return None
 

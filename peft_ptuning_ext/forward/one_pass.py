@@ -16,10 +16,12 @@ from dataclasses import dataclass, field
 from typing import Any, Optional
 
 import torch
+from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from ..backbone import PACKING_INPUTS, PER_TOKEN_FILLS
+from ..prompts.layer import PTuningLayer
 from ..prompts.prompt import Prompt, States
 from .attention import KEYWORD, InFront, layer_of
 from .cache import is_static, note_prompt_beside
@@ -87,7 +89,7 @@ def run(stack: PreTrainedModel, forward: Callable, call: Call, prompt: Prompt, e
     rows, text = embeds.shape[:2]
     positions = text_positions(call, call.plain_mask, prompt) + prompt.length
     in_front = InFront(prompt, text, 0, call.plain_mask, positions)
-    packed = Packed(stack.config, call, prompt, embeds, in_front, _has_cache(stack, call))
+    packed = Packed(stack.config, call, prompt, embeds, in_front, _has_cache(stack, call), _is_constant(stack, embeds))
     in_row = positions.expand(*positions.shape[:-2], rows, text).flatten(-2).unsqueeze(-2)
     of_prompt = torch.arange(prompt.length, device=in_row.device).expand(*in_row.shape[:-1], -1)
     nothing = embeds.new_empty(1, 1, 1, 1)  # a model takes a mask of four dimensions as it is
@@ -118,6 +120,19 @@ def run(stack: PreTrainedModel, forward: Callable, call: Call, prompt: Prompt, e
     return output if (stack.config.return_dict if is_dict is None else is_dict) else output.to_tuple()
 
 
+def _is_constant(stack: PreTrainedModel, embeds: torch.Tensor) -> bool:
+    """Whether nothing but the prompt gives a gradient to what the first layer makes of the texts."""
+    if embeds.requires_grad:
+        return False
+    others = set(stack.modules())
+    for module in stack.modules():
+        if isinstance(module, PTuningLayer):
+            others -= set(module.modules())
+    parameters = (parameter for module in others for parameter in module._parameters.values() if parameter is not None)
+    has_hooks = any(module._forward_hooks or module._forward_pre_hooks for module in others)
+    return not has_hooks and not any(parameter.requires_grad for parameter in parameters)
+
+
 def _has_cache(stack: PreTrainedModel, call: Call) -> bool:
     """Whether the backbone by itself would fill a cache: one that it was given, or one that it returns."""
     if any(module.training and getattr(module, "gradient_checkpointing", False) for module in stack.modules()):
@@ -142,10 +157,12 @@ class Packed:
         embeds (`torch.Tensor`): The embeddings of the texts, (B, S, H).
         in_front ([`InFront`]): The prompt in front of the texts; its states are those of one layer.
         has_cache (`bool`): Whether a cache is filled with the texts.
+        is_constant (`bool`): Whether the first layer needs no gradient of the texts' queries, keys and values.
         states (`dict`): By layer, keys and values of the prompt and of the texts.
         windows (`dict[int, int]`): By layer, how far back it looks.
         masks (`dict[bool, tuple]`): Masks of the prompt and of the texts, by whether a layer has a window.
         attended (`int`): How often attention was called.
+        first (`nn.Module`, *optional*): The attention of the first layer.
     """
 
     config: Any
@@ -154,10 +171,12 @@ class Packed:
     embeds: torch.Tensor
     in_front: InFront
     has_cache: bool
+    is_constant: bool
     states: dict[int, tuple[States, States]] = field(default_factory=dict)
     windows: dict[int, Optional[int]] = field(default_factory=dict)
     masks: dict[bool, tuple[Any, Any]] = field(default_factory=dict)
     attended: int = 0
+    first: Optional[nn.Module] = None
 
     def attend(self, attention, module, query, key, value, mask, kwargs) -> tuple[torch.Tensor, Any]:
         """The attention of one layer: of the prompt to itself, and of each text to the prompt and itself.
@@ -177,6 +196,9 @@ class Packed:
             raise NotRecorded("its attention does not get one query and one key for each position")
         of_prompt, of_texts = zip(*(tensor.split(sizes, dim=2) for tensor in (query, key, value)))
         of_texts = [tensor[0].unflatten(1, (rows, text)).transpose(0, 1) for tensor in of_texts]
+        self.first = module if self.first is None else self.first
+        if self.is_constant and module is self.first:
+            of_texts = [tensor.detach() for tensor in of_texts]
         layer = layer_of(module)
         layer, window = self.attended if layer is None else layer, kwargs.get("sliding_window")
         self.states[layer], self.windows[layer] = (of_prompt[1:], tuple(of_texts[1:])), window
