@@ -38,6 +38,9 @@ class Method:
     marker: str
     config_class: type[PeftConfig] | None
     options: dict = field(default_factory=dict)  # of the config, the same for every shape
+    attention: str = "sdpa"  # what transformers calls the implementation
+    is_concatenated: bool = False  # the prompt stands in every row, though it could be shared
+    is_default: bool = True  # measured where no methods are named
 
 
 METHODS = {
@@ -48,7 +51,22 @@ METHODS = {
     "peft_prompt_tuning": Method("PEFT prompt tuning", "#E69F00", "^", PromptTuningConfig),
     "peft_prefix": Method("PEFT prefix tuning", "#009E73", "v", PrefixTuningConfig),
     "lora": Method("LoRA", "#CC79A7", "D", LoraConfig, {"r": 8}),
+    "ptuning_concatenated": Method(
+        "this package, concatenated", "#999999", "X", PTuningConfig, is_concatenated=True, is_default=False
+    ),
 }
+# The base and this package under other attention implementations.
+OTHER_ATTENTION = {"flash_attention_2": "flash 2", "flash_attention_3": "flash 3", "flex_attention": "flex"}
+for _attention, _name in OTHER_ATTENTION.items():
+    METHODS |= {
+        f"base_{_attention}": Method(f"base, {_name}", "#666666", "", None, {}, _attention, is_default=False),
+        f"ptuning_{_attention}": Method(
+            f"this package, {_name}", "#332288", "*", PTuningConfig, {}, _attention, is_default=False
+        ),
+    }
+DEFAULT_METHODS = [name for name, method in METHODS.items() if method.is_default]
+# A failure of these ends a benchmark: there is nothing to compare with, or this package is at fault.
+OURS = {name for name in METHODS if name.startswith(("base", "ptuning"))}
 
 
 def train_step(model: nn.Module, inputs: dict, labels: torch.Tensor) -> None:
@@ -107,7 +125,7 @@ class BenchmarkArguments:
     """The cases that are measured, and how."""
 
     architecture: Literal["llama", "bert"] = field(default="llama", metadata={"help": "Causal model or encoder."})
-    model_size: Literal["tiny", "small", "medium", "large", "1b"] = field(
+    model_size: Literal["tiny", "small", "medium", "large", "1b", "3b", "8b"] = field(
         default="small", metadata={"help": "Size of the model of random weights: see SIZES."}
     )
     model_name_or_path: str | None = field(
@@ -120,7 +138,9 @@ class BenchmarkArguments:
     batch_sizes: list[int] | None = field(default=None, metadata={"help": "B of a grid of shapes. Default: 1 4 16 32"})
     text_lengths: list[int] | None = field(default=None, metadata={"help": "S of the grid. Default: 32 128 512"})
     prompt_lengths: list[int] | None = field(default=None, metadata={"help": "V of the grid. Default: 8 20 50 100"})
-    methods: list[str] | None = field(default=None, metadata={"help": f"Some of {', '.join(METHODS)}. Default: all."})
+    methods: list[str] | None = field(
+        default=None, metadata={"help": f"Some of {', '.join(METHODS)}. Default: those of one way."}
+    )
     measures: list[str] | None = field(
         default=None, metadata={"help": f"Some of {', '.join(MEASURES)}. Default: all that the architecture has."}
     )
@@ -146,7 +166,7 @@ def complete(args: BenchmarkArguments) -> list[Shape]:
     args.measures = args.measures or apply
     if unknown := [name for name in args.measures if name not in apply]:
         raise ValueError(f"`--measures` of {args.architecture} are {apply}, got {unknown}.")
-    args.methods = args.methods or list(METHODS)
+    args.methods = args.methods or DEFAULT_METHODS
     if unknown := [name for name in args.methods if name not in METHODS]:
         raise ValueError(f"`--methods` are {list(METHODS)}, got {unknown}.")
     args.methods = [name for name in METHODS if name == "base" or name in args.methods]

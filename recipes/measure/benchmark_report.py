@@ -2,20 +2,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """The reporting half of the benchmark: summarises what was measured, and writes numbers, tables and plots."""
 
+from __future__ import annotations
+
 import datetime
 import json
 import os
 import platform
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import peft
 import torch
 import transformers
 from benchmark_cases import MEASURES, METHODS, NEW_TOKENS, BenchmarkArguments, Shape
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from transformers import PreTrainedModel
+
+
+try:
+    from matplotlib.figure import Figure
+except ImportError:  # a bare machine with a GPU: numbers and tables are written all the same
+    Figure = None
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 AXES = {"batch_size": "batch size B", "text_length": "text length S", "prompt_length": "prompt length V"}
@@ -125,7 +134,9 @@ def write_table(report: dict, name: str) -> list[str]:
     for shape, row in select(report, name).items():
         cells = list(map(str, shape))
         for title, (method, key) in columns.items():
-            cells.append(write_cell(row[method], key, not is_cpu and title == METHODS[method].label))
+            with_absolute = not is_cpu and title == METHODS[method].label
+            compared = {method, "peft_ptuning"} if key == "stock_to_this" else {method}
+            cells.append(write_cell(row[method], key, with_absolute) if compared <= row.keys() else "")
         cells += [f"{limit(shape, settings['architecture']):.3f}"] if with_limit else []
         lines.append(f"| {' | '.join(cells)} |")
         for method, result in row.items():
@@ -162,7 +173,8 @@ def plot_lines(axis: str, name: str, report: dict, path: Path) -> None:
     grid = figure.subplots(rows_of_panels, columns, squeeze=False).flatten()
     for axes, (fixed, rows) in zip(grid, panels.items()):
         for method in [method for method in report["settings"]["methods"] if method != "base"]:
-            points = [(x, *row[method]["to_base"]) for x, row in sorted(rows.items()) if "raw" in row[method]]
+            measured = {x: row[method] for x, row in sorted(rows.items()) if "raw" in row.get(method, {})}
+            points = [(x, *result["to_base"]) for x, result in measured.items()]
             x, low, median, high = np.array(points).reshape(-1, 4).T
             label, colour, marker = METHODS[method].label, METHODS[method].colour, METHODS[method].marker
             spread = [median - low, high - median]
@@ -184,7 +196,7 @@ def draw_bars(axes: Axes, rows: list[tuple[Shape, dict[str, dict]]], methods: li
     for j, method in enumerate(methods):
         x = np.arange(len(rows)) + (j - (len(methods) - 1) / 2) * width
         # A method that fails has no bar.
-        heights = [row[method].get("to_base", [0, 0])[1] for _, row in rows]
+        heights = [row.get(method, {}).get("to_base", [0, 0])[1] for _, row in rows]
         axes.bar(x, heights, 0.92 * width, label=METHODS[method].label, color=METHODS[method].colour)
     axes.set_xticks(range(len(rows)), [str(shape).replace(", ", "\n") for shape, _ in rows])
     axes.axhline(1, color="black", linestyle="--", linewidth=1, label="base")
@@ -243,7 +255,10 @@ def save(report: dict, folder: Path) -> None:
 
 
 def plot(report: dict, folder: Path) -> None:
-    """Writes the plots of a report, from its numbers alone."""
+    """Writes the plots of a report, from its numbers alone; none where matplotlib is not installed."""
+    if Figure is None:
+        print("No plots: matplotlib is not installed. `--plot_folder` draws them later, from the numbers.")
+        return
     plot_overview(report, folder / "overview.png")
     for name in report["settings"]["measures"]:
         if MEASURES[name].is_memory:

@@ -5,6 +5,7 @@
 import ctypes
 import gc
 import json
+import math
 import os
 import random
 import subprocess
@@ -16,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from benchmark_cases import MEASURES, METHODS, STATUS, BenchmarkArguments, Measure, Shape, train_step
+from benchmark_cases import MEASURES, METHODS, OURS, STATUS, BenchmarkArguments, Measure, Shape, train_step
 from peft import LoraConfig, PromptEncoderConfig, get_peft_model
 from torch import nn
 from transformers import (
@@ -49,6 +50,8 @@ SIZES = {
     "medium": (12, 768, 12, 12, 2048, 32000),
     "large": (24, 1024, 16, 16, 2816, 32000),
     "1b": (22, 2048, 32, 4, 5632, 32000),
+    "3b": (28, 3072, 24, 8, 8192, 128256),
+    "8b": (32, 4096, 32, 8, 14336, 128256),
 }
 
 
@@ -60,7 +63,7 @@ def make_config(args: BenchmarkArguments) -> PreTrainedConfig:
         num_attention_heads=heads,
         intermediate_size=mlp_width,
         vocab_size=vocabulary,
-        max_position_embeddings=2048,
+        max_position_embeddings=2048 if args.architecture == "bert" else 4096,
     )
     if args.architecture == "llama":
         config.num_key_value_heads = key_value_heads
@@ -75,7 +78,8 @@ def load_base(args: BenchmarkArguments) -> PreTrainedModel:
     if args.model_name_or_path is not None:
         base = auto_class.from_pretrained(args.model_name_or_path, dtype=dtype)
     else:
-        base = auto_class.from_config(make_config(args), dtype=dtype)
+        with torch.device(args.device):  # the weights are drawn there: on a CPU, billions take minutes
+            base = auto_class.from_config(make_config(args), dtype=dtype)
     for module in base.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -88,9 +92,12 @@ def load_base(args: BenchmarkArguments) -> PreTrainedModel:
 
 def adapt(base: PreTrainedModel, method: str, prompt_length: int, args: BenchmarkArguments) -> nn.Module:
     """Returns a copy of the base model with the method's adapter. The copy shares the weights of the base."""
+    case = METHODS[method]
     model = deepcopy(base, {id(parameter): parameter for parameter in base.parameters()})
+    if model.config._attn_implementation != case.attention:
+        model.set_attn_implementation(case.attention)
     torch.manual_seed(args.seed)
-    config_class, options = METHODS[method].config_class, {**METHODS[method].options}
+    config_class, options = case.config_class, {**case.options}
     if config_class is None:
         return model
     if config_class is LoraConfig:
@@ -99,7 +106,10 @@ def adapt(base: PreTrainedModel, method: str, prompt_length: int, args: Benchmar
         options["num_virtual_tokens"] = prompt_length
     if config_class is PromptEncoderConfig:
         options["encoder_hidden_size"] = base.config.hidden_size
-    return get_peft_model(model, config_class(task_type=TASKS[args.architecture], **options))
+    model = get_peft_model(model, config_class(task_type=TASKS[args.architecture], **options))
+    if case.is_concatenated:  # the attention of the base takes no prompt
+        model.get_base_model().set_attn_implementation(case.attention)
+    return model
 
 
 def make_batch(base: PreTrainedModel, shape: Shape, args: BenchmarkArguments) -> tuple[dict, torch.Tensor]:
@@ -146,13 +156,38 @@ def prepare(model: nn.Module, measure: Measure) -> None:
 
 def failure(method: str, error: Exception) -> str:
     """Returns the first line of a method's error for the report. Errors of the base and of this package are raised."""
-    if method in ("base", "ptuning", "ptuning_deep"):
+    if method in OURS:
         raise error
+    return first_line(error)
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the kind of an error, and the first line of what it says."""
     return f"{type(error).__name__}: {error}".strip().splitlines()[0]
 
 
-def time_methods(measure: Measure, models: dict, batch: tuple, args: BenchmarkArguments) -> tuple[dict, dict]:
-    """Returns the seconds of every round by method, and the errors of those that failed."""
+def time_methods(
+    measure: Measure,
+    models: dict,
+    batch: tuple,
+    args: BenchmarkArguments,
+    enough: float = math.inf,
+    deadline: float = math.inf,
+) -> tuple[dict, dict]:
+    """Returns the seconds of every round by method, and the errors of those that failed.
+
+    Args:
+        measure ([`Measure`]): Whose step is timed.
+        models (`dict`): By method.
+        batch (`tuple`): Inputs and labels.
+        args ([`BenchmarkArguments`]): Rounds, warm-up, seed and device.
+        enough (`float`): After so many seconds no further round begins, if there is one.
+        deadline (`float`): The reading of `time.monotonic` after which no step begins.
+
+    Raises:
+        TimeoutError: The deadline has passed before the first round was complete.
+    """
+    began = time.monotonic()
     seconds, errors = {method: [] for method in models}, {}
     order = random.Random(args.seed)
     gc.collect()
@@ -160,14 +195,14 @@ def time_methods(measure: Measure, models: dict, batch: tuple, args: BenchmarkAr
     gc.disable()
     try:
         for i in range(args.warmup + args.rounds):
+            if i > args.warmup and time.monotonic() > min(began + enough, deadline):
+                break
             for method in order.sample(list(seconds), len(seconds)):
+                if i <= args.warmup and time.monotonic() > deadline:
+                    raise TimeoutError("The time was up before the first round was complete.")
                 prepare(models[method], measure)
                 try:
-                    synchronize(args.device)
-                    start = time.perf_counter()
-                    measure.step(models[method], *batch)
-                    synchronize(args.device)
-                    elapsed = time.perf_counter() - start
+                    elapsed = time_step(measure, models[method], batch, args.device)
                 except Exception as error:
                     errors[method] = failure(method, error)
                     del seconds[method]
@@ -182,9 +217,20 @@ def time_methods(measure: Measure, models: dict, batch: tuple, args: BenchmarkAr
     return seconds, errors
 
 
-def synchronize(device: str) -> None:
-    if device != "cpu":
-        torch.cuda.synchronize(device)
+def time_step(measure: Measure, model: nn.Module, batch: tuple, device: str) -> float:
+    """Returns the seconds of a step: on a GPU by events, on a device that is idle before."""
+    if device == "cpu":
+        start = time.perf_counter()
+        measure.step(model, *batch)
+        return time.perf_counter() - start
+    with torch.cuda.device(device):
+        torch.cuda.synchronize()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        measure.step(model, *batch)
+        end.record()
+        end.synchronize()
+    return start.elapsed_time(end) / 1000
 
 
 def peak_memory(base: PreTrainedModel, measure: Measure, method: str, shape: Shape, args: BenchmarkArguments) -> int:
