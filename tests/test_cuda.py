@@ -318,6 +318,32 @@ def test_continuous_batching_answers_each_text_as_alone(depth) -> None:
     assert [output.generated_tokens for output in outputs.values()] == alone
 
 
+# Parts of the names of attention's kernels.
+KINDS = {"flash_attention": "fast", "cudnn_attention": "fast", "efficient_attention": "efficient"}
+KINDS |= {"attention_math": "by itself"}
+
+
+def kinds_of_kernels(function: Callable) -> set[str]:
+    """Of which kind the kernels of attention are."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        function()
+    names = {event.key for event in profile.key_averages()}
+    return {kind for part, kind in KINDS.items() if any(part in name for name in names)}
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "autocast"])
+@pytest.mark.parametrize("route", ["one pass", "stored", "deep"])
+def test_attention_has_no_slower_kernels_than_the_bases(route, precision) -> None:
+    batch, kinds = make_padded("none"), []
+    for model in (send(adapt(make_base(precision), **ROUTES[route]), route), make_base(precision)):
+        inputs = {"inputs_embeds": model.get_input_embeddings()(batch["input_ids"]).requires_grad_(route != "stored")}
+        with torch.set_grad_enabled(route != "stored"), rounding(precision):
+            model(**inputs)
+            kinds.append(kinds_of_kernels(lambda model=model, inputs=inputs: model(**inputs)))
+    assert kinds[1]
+    assert kinds[0] <= kinds[1]
+
+
 def count_waits(function: Callable) -> int:
     """How often the host waits for the device; on a CPU it is always 0."""
     if DEVICE != "cuda":
@@ -372,25 +398,27 @@ def test_a_decode_step_waits_no_more_than_the_base(depth, cache_class) -> None:
     assert counts[0] <= counts[1]
 
 
-def peak_of_a_step(model: PeftModel, batch: dict) -> int:
+def peak_of_a_step(model: PeftModel, batch: dict, precision: str) -> int:
     """How far allocated memory rises in a training step, the second."""
     for _ in range(2):
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        model(**batch, labels=batch["input_ids"], use_cache=False).loss.backward()
+        with rounding(precision):
+            loss = model(**batch, labels=batch["input_ids"], use_cache=False).loss
+        loss.backward()
         rise = torch.cuda.max_memory_allocated() - before
         model.zero_grad(set_to_none=True)
     return rise
 
 
 @on_cuda
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@precisions
 def test_a_training_step_needs_less_memory_than_concatenation(precision) -> None:
     """At least half of what arithmetic promises: activations of V + B·S positions, not of B·(V + S)."""
     rows, text, length = 16, 64, 128
     batch = on_device(make_batch("Llama", "CAUSAL_LM", (text,) * rows))
     one, other = (
-        peak_of_a_step(send(adapt(make_base(precision), length=length), route).train(), batch)
+        peak_of_a_step(send(adapt(make_base(precision), length=length), route).train(), batch, precision)
         for route in ("one pass", "concatenated")
     )
     share = (length + rows * text) / (rows * (length + text))
