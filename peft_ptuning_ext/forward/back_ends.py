@@ -10,6 +10,7 @@ of a token, the function is tried on two tokens.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -110,6 +111,14 @@ class Inputs:
             self.kwargs["position_bias"] = functional.pad(bias, (self.prompt_key.shape[2], 0))
         return self.attention(self.module, self.query, key, value, mask, **self.kwargs)
 
+    def as_autocast(self) -> Inputs:
+        """In the dtype that autocast asks for: kernels behind a `CausalBias` are called past autocast."""
+        device = self.query.device.type
+        if not torch.is_autocast_enabled(device):
+            return self
+        dtype, names = torch.get_autocast_dtype(device), ("query", "key", "value", "prompt_key", "prompt_value")
+        return dataclasses.replace(self, **{name: getattr(self, name).to(dtype) for name in names})
+
 
 def attend(front: InFront, inputs: Inputs) -> tuple[torch.Tensor, Any]:
     """The attention of one layer to [prompt; text], by the back end of its attention function.
@@ -164,7 +173,7 @@ def with_tensors(front: InFront, inputs: Inputs, additive: bool = False) -> tupl
         return inputs.run(None)  # all is seen
     has_bias = inputs.kwargs.get("position_bias") is not None
     if is_sdpa and mask is None and window is None and queries == tokens and not has_bias:
-        return inputs.run(causal_lower_right(tokens, tokens + front.prompt.length))
+        return inputs.as_autocast().run(causal_lower_right(tokens, tokens + front.prompt.length))
     widen = functools.partial(_widen, front, inputs, mask)
     mask = front.share(given, (window, queries, tokens), widen).to(key.device)
     if additive and mask.dtype == torch.bool:

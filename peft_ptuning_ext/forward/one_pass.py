@@ -31,7 +31,7 @@ from .in_row import RULED_INPUTS
 
 
 # The share of positions above which this way pays, times the width H of the model: what it costs to take a row apart.
-OVERHEAD = 50
+OVERHEAD = 36
 
 # Arguments of attention that describe the texts, and say nothing of the prompt.
 OF_TEXTS = {*PACKING_INPUTS, "max_length_q", "max_length_k"}

@@ -15,6 +15,7 @@ from making import make_adapted, make_config
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from reference import V, embedding_and_backbone, make_batch
 from releases import CACHE
+from torch.nn.attention.bias import CausalBias
 from transformers import DynamicCache, StaticCache
 
 from peft_ptuning_ext.forward import attention, back_ends
@@ -304,6 +305,23 @@ def test_low_precision_gradients_are_those_of_the_other_route(dtype) -> None:
         found, wanted = (gradient(each, **batch, labels=batch["input_ids"]) for each in (model, other))
     assert found.dtype == torch.float32
     assert (found - wanted).norm() < 0.05 * wanted.norm()
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_attention_behind_a_causal_bias_is_in_the_dtype_of_autocast(grad, monkeypatch) -> None:
+    # Torch calls the kernels behind such a mask past autocast, so they have to be given its dtype.
+    model, ids, seen = make_adapted(), make_batch("Llama", "CAUSAL_LM", lengths=(S, S))["input_ids"], []
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(query, key, value, attn_mask=None, **kwargs):
+        if isinstance(attn_mask, CausalBias):
+            seen.extend((query.dtype, key.dtype, value.dtype))
+        return attention(query, key, value, attn_mask=attn_mask, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16):
+        model(input_ids=ids)
+    assert set(seen) == {torch.bfloat16}
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch() -> None:
