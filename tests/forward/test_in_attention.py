@@ -311,14 +311,14 @@ def test_low_precision_gradients_are_those_of_the_other_route(dtype) -> None:
 def test_attention_behind_a_causal_bias_is_in_the_dtype_of_autocast(grad, monkeypatch) -> None:
     # Torch calls the kernels behind such a mask past autocast, so they have to be given its dtype.
     model, ids, seen = make_adapted(), make_batch("Llama", "CAUSAL_LM", lengths=(S, S))["input_ids"], []
-    attention = torch.nn.functional.scaled_dot_product_attention
+    run = back_ends.Inputs.run
 
-    def watched(query, key, value, attn_mask=None, **kwargs):
-        if isinstance(attn_mask, CausalBias):
-            seen.extend((query.dtype, key.dtype, value.dtype))
-        return attention(query, key, value, attn_mask=attn_mask, **kwargs)
+    def watched(inputs, mask, *args):
+        if isinstance(mask, CausalBias):
+            seen.extend((inputs.query.dtype, inputs.key.dtype, inputs.value.dtype))
+        return run(inputs, mask, *args)
 
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    monkeypatch.setattr(back_ends.Inputs, "run", watched)
     with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16):
         model(input_ids=ids)
     assert set(seen) == {torch.bfloat16}
