@@ -22,7 +22,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 from ..backbone import PACKING_INPUTS, PER_TOKEN_FILLS
 from ..prompts.layer import PTuningLayer
-from ..prompts.prompt import Prompt, States
+from ..prompts.prompt import Prompt
 from .attention import KEYWORD, InFront, layer_of
 from .cache import is_static, note_prompt_beside
 from .call import Call
@@ -35,6 +35,10 @@ OVERHEAD = 36
 
 # Arguments of attention that describe the texts, and say nothing of the prompt.
 OF_TEXTS = {*PACKING_INPUTS, "max_length_q", "max_length_k"}
+
+
+# Keys and values of one layer.
+Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 def is_due(stack: PreTrainedModel, call: Call) -> bool:
@@ -92,7 +96,7 @@ def run(stack: PreTrainedModel, forward: Callable, call: Call, prompt: Prompt, e
     packed = Packed(stack.config, call, prompt, embeds, in_front, _has_cache(stack, call), _is_constant(stack, embeds))
     in_row = positions.expand(*positions.shape[:-2], rows, text).flatten(-2).unsqueeze(-2)
     of_prompt = torch.arange(prompt.length, device=in_row.device).expand(*in_row.shape[:-1], -1)
-    nothing = embeds.new_empty(1, 1, 1, 1)  # a model takes a mask of four dimensions as it is
+    nothing = embeds.new_zeros(1, 1, 1, 1)  # a model takes a mask of four dimensions as it is
     arguments = {
         "input_ids": None,
         "inputs_embeds": torch.cat([prompt.vectors, embeds.flatten(0, 1)[None]], dim=1),
@@ -158,7 +162,7 @@ class Packed:
         in_front ([`InFront`]): The prompt in front of the texts; its states are those of one layer.
         has_cache (`bool`): Whether a cache is filled with the texts.
         is_constant (`bool`): Whether the first layer needs no gradient of the texts' queries, keys and values.
-        states (`dict`): By layer, keys and values of the prompt and of the texts.
+        states (`dict`): By layer, keys and values of the prompt and of the texts, if a cache is filled with them.
         windows (`dict[int, int]`): By layer, how far back it looks.
         masks (`dict[bool, tuple]`): Masks of the prompt and of the texts, by whether a layer has a window.
         attended (`int`): How often attention was called.
@@ -172,7 +176,7 @@ class Packed:
     in_front: InFront
     has_cache: bool
     is_constant: bool
-    states: dict[int, tuple[States, States]] = field(default_factory=dict)
+    states: dict[int, Optional[tuple[Pair, Pair]]] = field(default_factory=dict)
     windows: dict[int, Optional[int]] = field(default_factory=dict)
     masks: dict[bool, tuple[Any, Any]] = field(default_factory=dict)
     attended: int = 0
@@ -201,7 +205,9 @@ class Packed:
             of_texts = [tensor.detach() for tensor in of_texts]
         layer = layer_of(module)
         layer, window = self.attended if layer is None else layer, kwargs.get("sliding_window")
-        self.states[layer], self.windows[layer] = (of_prompt[1:], tuple(of_texts[1:])), window
+        # Without a cache nothing is held: under gradient checkpointing this object lives on until the backward pass.
+        self.states[layer] = (of_prompt[1:], tuple(of_texts[1:])) if self.has_cache else None
+        self.windows[layer] = window
         self.attended += 1
         prompt_mask, text_mask = self._masks(window is not None)
         alone, beside = {name: kwargs[name] for name in kwargs if name not in OF_TEXTS}, dict(kwargs)

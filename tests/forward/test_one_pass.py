@@ -4,12 +4,15 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from families import DECODERS
 from making import make_adapted
 from reference import V, embedding_and_backbone, make_batch
-from releases import CACHE
+from releases import CACHE, CHECKPOINTING
 from torch import nn
 from transformers import DynamicCache, StaticCache
 
@@ -145,6 +148,23 @@ def test_a_text_goes_on_behind_the_cache_that_a_pass_has_filled(family, make_cac
     later.sum().backward()
     prompt = next(parameter for name, parameter in model.named_parameters() if "ptuning_" in name)
     assert prompt.grad.abs().max() > 0  # through the keys and values in the cache
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing_holds_no_values_of_texts(use_reentrant) -> None:
+    model, batch = make_adapted("Llama").train(), make_batch("Llama", "CAUSAL_LM", (S, S))
+    getattr(model.get_base_model(), f"{CHECKPOINTING}_enable")({"use_reentrant": use_reentrant})
+    values = []
+
+    def note(_, args, value) -> None:
+        values.append(weakref.ref(value))
+
+    stack_of(model).layers[0].self_attn.v_proj.register_forward_hook(note)
+    output = model(**batch)
+    gc.collect()
+    assert [value() for value in values] == [None]  # it is made again in the backward pass
+    output.logits.sum().backward()
+    assert len(values) == 2
 
 
 def test_a_layer_that_attends_otherwise_sends_the_prompt_to_the_row() -> None:
