@@ -75,7 +75,7 @@ def test_importing_has_no_other_effect() -> None:
         "after = {k: dict(vars(v)) for k, v in {'P': peft.PeftModel, 'M': torch.nn.Module, 'T': "
         "transformers.PreTrainedModel, 'C': transformers.Cache}.items()}, list(AttentionInterface())\n"
         "assert before[0] == after[0]\n"
-        "assert set(after[1]) - set(before[1]) == {'ptuning_sdpa', 'ptuning_eager'}\n"
+        "assert before[1] == after[1]\n"
     )
     subprocess.run([sys.executable, "-W", "error", "-c", program], check=True)
 
@@ -189,12 +189,15 @@ def test_inject_adapter_in_model() -> None:
 def test_a_pickled_model_is_read_in_a_fresh_process(tmp_path) -> None:
     model = get_peft_model(make_model("Llama", "CAUSAL_LM"), make_config()).eval()
     batch = make_batch("Llama", "CAUSAL_LM")
-    (tmp_path / "model.pickle").write_bytes(pickle.dumps((model, batch, main_output(model(**batch)).detach())))
+    with torch.no_grad():
+        expected = main_output(model(**batch))
+    (tmp_path / "model.pickle").write_bytes(pickle.dumps((model, batch, expected)))
     program = (
         "import pickle, sys, torch\n"
         "torch.set_num_threads(1)\n"
         "model, batch, expected = pickle.load(open(sys.argv[1], 'rb'))\n"
-        "assert torch.equal(model(**batch).logits, expected)\n"
+        "with torch.no_grad():\n"
+        "    assert torch.equal(model(**batch).logits, expected)\n"
         "assert model.active_adapter == 'default' and model.peft_type == 'PTUNING'\n"
     )
     subprocess.run([sys.executable, "-c", program, str(tmp_path / "model.pickle")], check=True)
