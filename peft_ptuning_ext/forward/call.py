@@ -66,8 +66,10 @@ class Call:
             if isinstance(cache, CacheWithPrompt):
                 given = {**given, cache_name: full_view(cache)}
             past = given[cache_name].get_seq_length()
-            if not torch.compiler.is_compiling() and not isinstance(cache, StaticCacheBesidePrompt):
-                past = int(past)
+            if isinstance(past, torch.Tensor):
+                # A static cache counts in this very tensor while the layers run. Asking for its value would wait.
+                is_asked = not torch.compiler.is_compiling() and not isinstance(cache, StaticCacheBesidePrompt)
+                past = int(past) if is_asked else past.clone()
             if cached_prompt is not None and not isinstance(past, torch.Tensor) and past == 0:
                 clear_prompt(cache)  # it was reset
                 given, cached_prompt = {**given, cache_name: cache}, None

@@ -439,6 +439,22 @@ def test_a_window_that_just_reaches_the_prompt(window) -> None:
     )
 
 
+@pytest.mark.parametrize("window", [V + 1, V + 4, V + S])
+@torch.no_grad()
+def test_a_static_cache_counts_the_step_once_for_the_layers_with_a_window(window) -> None:
+    kinds = ["full_attention", "sliding_attention"]  # the first layer's cache is the one that is asked for its length
+    model = make_adapted("Gemma 3", sizes={"sliding_window": window, "layer_types": kinds})
+    batch = make_batch("Gemma 3", "CAUSAL_LM", (S, S - 2), pad_left=True)
+    ids = torch.cat([batch["input_ids"], torch.tensor([[9, 8], [7, 6]])], dim=1)
+    mask = torch.cat([batch["attention_mask"], torch.ones(2, 2, dtype=torch.long)], dim=1)
+    expected = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    cache = StaticCache(model.get_base_model().config, max_cache_len=20)
+    model(**batch, **{CACHE: cache})
+    for end in (S + 1, S + 2):
+        found = model(input_ids=ids[:, end - 1 : end], attention_mask=mask[:, :end], **{CACHE: cache}).logits
+        torch.testing.assert_close(found[:, 0], expected[:, end - 1], rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("kernel", ["merged", "joined"])
 @pytest.mark.parametrize("window", [None, 8])
 @torch.no_grad()
