@@ -29,7 +29,7 @@ class CacheWithPrompt:
         return max(super().get_seq_length(*args, **kwargs) - self.ptuning_prompt.length, 0)
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
-        return _rebuild, (_plain_class(type(self)),), self.__dict__
+        return _rebuild, (CacheWithPrompt, _plain_class(type(self))), self.__dict__
 
 
 class StaticCacheBesidePrompt:
@@ -44,33 +44,22 @@ class StaticCacheBesidePrompt:
         clear_prompt(self)
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
-        return _rebuild_beside, (_plain_class(type(self)),), self.__dict__
+        return _rebuild, (StaticCacheBesidePrompt, _plain_class(type(self))), self.__dict__
 
 
 @functools.cache
-def _class_with_prompt(cache_class: type[Cache]) -> type[Cache]:
-    return type(f"{cache_class.__name__}BehindPrompt", (CacheWithPrompt, cache_class), {})
-
-
-@functools.cache
-def _class_beside_prompt(cache_class: type[Cache]) -> type[Cache]:
-    return type(f"{cache_class.__name__}BesidePrompt", (StaticCacheBesidePrompt, cache_class), {})
+def _mixed_class(mixin: type, cache_class: type[Cache]) -> type[Cache]:
+    return type(f"{cache_class.__name__}BehindPrompt", (mixin, cache_class), {})
 
 
 def _plain_class(cache_class: type[Cache]) -> type[Cache]:
-    return (
-        cache_class.__mro__[2] if issubclass(cache_class, (CacheWithPrompt, StaticCacheBesidePrompt)) else cache_class
-    )
+    is_mixed = issubclass(cache_class, (CacheWithPrompt, StaticCacheBesidePrompt))
+    return cache_class.__mro__[2] if is_mixed else cache_class
 
 
-def _rebuild(cache_class: type[Cache]) -> Cache:
-    with_prompt = _class_with_prompt(cache_class)
-    return with_prompt.__new__(with_prompt)
-
-
-def _rebuild_beside(cache_class: type[Cache]) -> Cache:
-    beside = _class_beside_prompt(cache_class)
-    return beside.__new__(beside)
+def _rebuild(mixin: type, cache_class: type[Cache]) -> Cache:
+    mixed = _mixed_class(mixin, cache_class)
+    return mixed.__new__(mixed)
 
 
 def note_prompt_beside(cache: Cache, prompt: Prompt) -> None:
@@ -78,14 +67,14 @@ def note_prompt_beside(cache: Cache, prompt: Prompt) -> None:
     is_noted = getattr(cache, "ptuning_prompt", None) is not None
     cache.ptuning_prompt = prompt
     if not is_noted and not torch.compiler.is_compiling() and is_static(cache):
-        cache.__class__ = _class_beside_prompt(_plain_class(type(cache)))
+        cache.__class__ = _mixed_class(StaticCacheBesidePrompt, _plain_class(type(cache)))
 
 
 @torch.compiler.disable  # it can't compile a change of class
 def note_prompt(cache: Cache, prompt: Prompt) -> None:
     """Makes `cache` report the user's tokens only, in place; it holds, or is about to, V columns more."""
     cache.ptuning_prompt = prompt
-    cache.__class__ = _class_with_prompt(_plain_class(type(cache)))
+    cache.__class__ = _mixed_class(CacheWithPrompt, _plain_class(type(cache)))
 
 
 def clear_prompt(cache: Cache) -> None:

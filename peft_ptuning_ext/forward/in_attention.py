@@ -33,7 +33,6 @@ from .seen import NotRecorded
 # For how many adapters of a model keys and values are stored; the oldest entry goes first.
 MAX_STORED = 16
 
-
 # Modules of adapters of other methods.
 STATEFUL = (BaseTunerLayer, AuxiliaryTrainingWrapper)
 

@@ -90,7 +90,7 @@ def run(stack: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
         try:
             if not one_pass.is_due(stack, call):
                 return in_attention.run(forward, call, in_attention.with_states(stack, forward, prompt))
-            if torch.is_grad_enabled():  # whatever trains a prompt may leave no trace of that
+            if torch.is_grad_enabled():  # training may write through `.data`, which leaves no trace
                 for name in names:
                     attachment.states.drop(name)
             if not one_pass.costs_more(call, prompt.length):
