@@ -23,7 +23,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from ..backbone import adapted_name, attention_functions, is_adapted, own_name
 from ..prompts.prompt import Prompt, States
-from .back_ends import Inputs, NamedAttention, attend, check_form
+from .back_ends import Inputs, NamedAttention, attend, check_form, copies
+from .cache import put_in_front
 from .call import leading_padding
 
 
@@ -67,25 +68,37 @@ class InFront:
             attention (`Callable`): The attention function of the model.
             module (`nn.Module`): The attention layer.
             query (`torch.Tensor`): (B, heads, S, D).
-            key (`torch.Tensor`): The text's, (B, key-value heads, N, D).
-            value (`torch.Tensor`): The text's.
+            key (`torch.Tensor`): The text's, (B, key-value heads, N, D), V + N if the cache holds the prompt.
+            value (`torch.Tensor`): Of the same shape.
             mask (`Any`): The text's, of the kind that the attention function takes.
             kwargs (`dict`): The further arguments of the attention function.
         """
-        layer = layer_of(module)
+        layer, length = layer_of(module), self.prompt.length
         if layer is None:
             layer, self.attended = self.attended, self.attended + 1
+        window, is_causal = kwargs.get("sliding_window"), kwargs.get("is_causal")
+        if window is not None and not isinstance(self.past, torch.Tensor):
+            # A window longer than the whole sequence hides nothing.
+            window = None if self.past + self.queries + length <= window else window
+        # A single token sees all. In a step of `generate`, this is all that happens in a layer.
+        sees_all = mask is None and window is None and query.shape[2] == 1 and "position_bias" not in kwargs
+        both = None
+        if layer in self.prompt.in_cache:
+            if sees_all:
+                return attention(module, query, key, value, None, **kwargs)
+            both = key, value
+            key, value = key[:, :, length:], value[:, :, length:]
         prompt_key, prompt_value = self.prompt.states[layer]
         if not key.dtype == prompt_key.dtype == prompt_value.dtype or prompt_key.device != key.device:
             # Under autocast, keys that went through rotary embeddings may be float32 beside values in bfloat16.
             prompt_key, prompt_value = prompt_key.to(key), prompt_value.to(key)
-        window, is_causal = kwargs.get("sliding_window"), kwargs.get("is_causal")
-        if window is not None and not isinstance(self.past, torch.Tensor):
-            # A window longer than the whole sequence hides nothing.
-            window = None if self.past + self.queries + self.prompt.length <= window else window
+        if sees_all and copies(key, prompt_key):
+            both = put_in_front(prompt_key, key), put_in_front(prompt_value, value)
+            return attention(module, query, *both, None, **kwargs)
         is_causal = self.is_causal if is_causal is None else is_causal
         states = (prompt_key, prompt_value)
-        return attend(self, Inputs(attention, module, query, key, value, mask, kwargs, *states, window, is_causal))
+        inputs = Inputs(attention, module, query, key, value, mask, kwargs, *states, window, is_causal, both)
+        return attend(self, inputs)
 
     def share(self, given: Any, key: Any, make: Callable[[], Any]) -> Any:
         """What is made of what layers were `given`, once for all that were given the same; `key` tells uses apart."""

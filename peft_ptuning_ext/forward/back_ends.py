@@ -26,6 +26,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import BlockMask, flash_attention_mask
 
 from . import flash, flex
+from .cache import put_in_front
 from .merged_attention import can_merge, merged_attention
 from .seen import Form, check_packing, form_of
 
@@ -86,6 +87,7 @@ class Inputs:
         prompt_value (`torch.Tensor`): Of the same shape.
         window (`int`, *optional*): How many tokens back a query looks, itself among them, if that hides any.
         is_causal (`bool`): Whether a query without a mask looks back only.
+        both (`tuple`, *optional*): Keys and values of [prompt; text] if the cache holds the prompt, too.
     """
 
     attention: Callable
@@ -99,17 +101,17 @@ class Inputs:
     prompt_value: torch.Tensor
     window: Optional[int]
     is_causal: bool
+    both: Optional[tuple[torch.Tensor, torch.Tensor]] = None
 
     def run(self, mask: Any, key_value: Optional[tuple[torch.Tensor, torch.Tensor]] = None) -> tuple:
         """Calls the attention function with [prompt; text] or other keys and values."""
-        key, value = key_value or (
-            torch.cat([prompt.expand(len(text), -1, -1, -1), text], dim=2)
-            for prompt, text in ((self.prompt_key, self.key), (self.prompt_value, self.value))
-        )
+        key_value = self.both if key_value is None else key_value
+        if key_value is None:
+            key_value = put_in_front(self.prompt_key, self.key), put_in_front(self.prompt_value, self.value)
         if (bias := self.kwargs.get("position_bias")) is not None:  # the prompt has no distance to the text
             bias = bias[..., : self.key.shape[2]]
             self.kwargs["position_bias"] = functional.pad(bias, (self.prompt_key.shape[2], 0))
-        return self.attention(self.module, self.query, key, value, mask, **self.kwargs)
+        return self.attention(self.module, self.query, *key_value, mask, **self.kwargs)
 
     def as_autocast(self) -> Inputs:
         """In the dtype that autocast asks for: kernels behind a `CausalBias` are called past autocast."""
@@ -140,6 +142,18 @@ def _back_end(inputs: Inputs) -> Callable:
     return BACK_ENDS.get(attention, with_tensors)
 
 
+def copies(key: torch.Tensor, prompt_key: torch.Tensor) -> bool:
+    """Whether for a single query keys are copied side by side, rather than two attentions merged.
+
+    Args:
+        key (`torch.Tensor`): The text's, (B, key-value heads, N, D).
+        prompt_key (`torch.Tensor`): (1, key-value heads, V, D).
+    """
+    if key.device.type != "cpu":
+        return True
+    return key.numel() + key.shape[0] * prompt_key.numel() <= SMALL and not torch.is_grad_enabled()
+
+
 def check_form(attention: Callable, *sample: Any) -> None:
     """Looks whether a function can be given a prompt; `sample` is that of `form_of`.
 
@@ -164,9 +178,8 @@ def with_tensors(front: InFront, inputs: Inputs, additive: bool = False) -> tupl
     mask = given if given is None else given[..., :tokens]
     if mask is None and is_causal and queries < front.queries:  # the queries are those of the last tokens only
         mask = torch.ones(front.queries, tokens, dtype=torch.bool, device=key.device).tril()[None, None, -queries:]
-    copied = key.numel() + len(key) * inputs.prompt_key.numel()
-    is_small = queries == 1 and copied <= SMALL and not torch.is_grad_enabled()
-    if is_sdpa and window is None and not is_small and can_merge(query, key, inputs.value, inputs.kwargs):
+    is_whole = inputs.both is not None or (queries == 1 and copies(key, inputs.prompt_key))
+    if is_sdpa and window is None and not is_whole and can_merge(query, key, inputs.value, inputs.kwargs):
         parts = (query, key, inputs.value, inputs.prompt_key, inputs.prompt_value)
         return merged_attention(*parts, mask, is_causal, inputs.kwargs.get("scaling")), None
     if mask is None and window is None and not is_causal:

@@ -6,20 +6,27 @@
 layers need the true length. Such a cache therefore gets a class that reports the user's length. The backbone gets a
 view of the cache that reports the true length. Both share one state.
 
-A prompt whose keys and values are put in front in attention is not in the cache. Either way, `cache.ptuning_prompt` is
-the [`Prompt`] that the cache was filled behind.
+A prompt whose keys and values are put in front in attention is not in the cache at first. Where a layer of the cache
+grows by concatenation, it then takes them in, so that no later step has to put them in front again. Either way,
+`cache.ptuning_prompt` is the [`Prompt`] that the cache was filled behind.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
 import torch
 from transformers import Cache
-from transformers.cache_utils import StaticLayer
+from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from ..prompts.prompt import Prompt
+
+
+# Up to so many rows times V, on a CPU, a step takes no longer with the prompt in each row of the cache. Above, reading
+# the prompt once for all rows is faster.
+FEW = 256
 
 
 class CacheWithPrompt:
@@ -47,6 +54,56 @@ class StaticCacheBesidePrompt:
         return _rebuild, (StaticCacheBesidePrompt, _plain_class(type(self))), self.__dict__
 
 
+class LayerWithPrompt(DynamicLayer):
+    """A layer of a cache whose keys and values begin with the prompt's, and which reports the text's only.
+
+    Its `keys` and `values` are (B, key-value heads, V + N, D). The masks that are made by it are of N columns.
+    """
+
+    prompt_length: int
+
+    def get_seq_length(self) -> int:
+        return self.keys.shape[-2] - self.prompt_length
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove > 0:  # in earlier releases of transformers the number of tokens to be left
+            tokens_to_remove = min(tokens_to_remove - self.get_seq_length(), 0)
+        removed = min(-tokens_to_remove, self.get_seq_length())
+        end = self.keys.shape[-2] - removed
+        self.keys, self.values = self.keys[..., :end, :], self.values[..., :end, :]
+
+    def reset(self) -> None:
+        self.__class__, self.keys, self.values, self.is_initialized = DynamicLayer, None, None, False
+
+
+def take_in(cache: Cache) -> None:
+    """Puts the keys and values of the prompt behind which `cache` was filled into the layers that grow.
+
+    Layers that drop columns, that have a fixed number, or that are moved or quantized between calls, stay without.
+    """
+    prompt: Prompt = cache.ptuning_prompt
+    if prompt.in_cache or torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return
+    layers = [] if getattr(cache, "offloading", False) else getattr(cache, "layers", [])
+    taken = []
+    for index, layer in enumerate(layers):
+        states = prompt.states.get(index)
+        if states is None or type(layer) is not DynamicLayer or not layer.is_initialized:
+            continue
+        if layer.keys.device.type == "cpu" and layer.keys.shape[0] * prompt.length > FEW:
+            continue
+        layer.keys, layer.values = (put_in_front(*pair) for pair in zip(states, (layer.keys, layer.values)))
+        layer.__class__, layer.prompt_length = LayerWithPrompt, prompt.length
+        taken.append(index)
+    cache.ptuning_prompt = dataclasses.replace(prompt, in_cache=frozenset(taken))
+
+
+def put_in_front(prompt: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    """Keys or values of all rows: (1, heads, V, D) and (B, heads, N, D) → (B, heads, V + N, D)."""
+    rows = text.shape[0]
+    return torch.cat([prompt.to(text) if rows == 1 else prompt.to(text).expand(rows, -1, -1, -1), text], dim=2)
+
+
 @functools.cache
 def _mixed_class(mixin: type, cache_class: type[Cache]) -> type[Cache]:
     return type(f"{cache_class.__name__}BehindPrompt", (mixin, cache_class), {})
@@ -64,9 +121,11 @@ def _rebuild(mixin: type, cache_class: type[Cache]) -> Cache:
 
 def note_prompt_beside(cache: Cache, prompt: Prompt) -> None:
     """Notes that `cache` is filled behind a prompt that attention puts in front."""
-    is_noted = getattr(cache, "ptuning_prompt", None) is not None
+    noted = getattr(cache, "ptuning_prompt", None)
+    if noted is prompt:
+        return
     cache.ptuning_prompt = prompt
-    if not is_noted and not torch.compiler.is_compiling() and is_static(cache):
+    if noted is None and not torch.compiler.is_compiling() and is_static(cache):
         cache.__class__ = _mixed_class(StaticCacheBesidePrompt, _plain_class(type(cache)))
 
 
@@ -79,6 +138,9 @@ def note_prompt(cache: Cache, prompt: Prompt) -> None:
 
 def clear_prompt(cache: Cache) -> None:
     """Makes `cache`, which was emptied, one that was filled behind no prompt."""
+    for layer in getattr(cache, "layers", ()):
+        if isinstance(layer, LayerWithPrompt):  # all of the text was taken from it, and the prompt is left
+            layer.reset()
     cache.__class__ = _plain_class(type(cache))
     cache.ptuning_prompt = None
 

@@ -25,7 +25,7 @@ from ..backbone import is_adapted
 from ..prompts.layer import PTuningLayer
 from ..prompts.prompt import Prompt, States
 from .attention import KEYWORD, InFront, Recording
-from .cache import note_prompt_beside
+from .cache import note_prompt_beside, take_in
 from .call import Call, count_positions
 from .seen import NotRecorded
 
@@ -63,11 +63,13 @@ def run(forward: Callable, call: Call, prompt: Prompt) -> Any:
         note_prompt_beside(call.cache, prompt)
     arguments = {**call.given, KEYWORD: in_front}
     if positions is not None and "position_ids" in call.backbone.parameters:
-        arguments["position_ids"] = positions + prompt.positions
+        arguments["position_ids"] = from_prompt if prompt.takes_positions else positions
     output = forward(**arguments)
-    for value in output if isinstance(output, tuple) else output.values():
-        if isinstance(value, Cache):
-            note_prompt_beside(value, prompt)
+    if call.cached_prompt is None:
+        values = output if isinstance(output, tuple) else output.values()
+        for cache in {id(value): value for value in (call.cache, *values) if isinstance(value, Cache)}.values():
+            note_prompt_beside(cache, prompt)
+            take_in(cache)
     return output
 
 

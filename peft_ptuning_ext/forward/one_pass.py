@@ -24,7 +24,7 @@ from ..backbone import PACKING_INPUTS, PER_TOKEN_FILLS
 from ..prompts.layer import PTuningLayer
 from ..prompts.prompt import Prompt
 from .attention import KEYWORD, InFront, layer_of
-from .cache import is_static, note_prompt_beside
+from .cache import is_static, note_prompt_beside, take_in
 from .call import Call
 from .in_attention import NotRecorded, check_recording, is_sharded, text_positions
 from .in_row import RULED_INPUTS
@@ -252,4 +252,5 @@ class Packed:
             cache.update(*of_texts, layer)
         states = {layer: of_prompt for layer, (of_prompt, _) in self.states.items()}
         note_prompt_beside(cache, dataclasses.replace(self.prompt, vectors=None, states=states))
+        take_in(cache)
         return cache

@@ -71,18 +71,18 @@ def run(stack: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
     if not names or call.tokens is None:  # the model has its own error for no text, and for two
         return forward(**call.given)
     call.check_names()
-    check_whole_texts(call.stack)
-    if layer.placeholder_id is not None:
-        return in_place.run(forward, call, layer, layer.dtype or stack.dtype)
-    if call.cached_prompt is not None:
-        if call.cached_prompt.states is None:
-            return in_row.go_on(forward, call, functools.partial(why_in_row, stack))
+    if (cached_prompt := call.cached_prompt) is not None and cached_prompt.states is not None:
         if not in_attention.takes_prompt(stack):
             raise ValueError(
                 "The cache was filled behind a shared prompt, and the attention implementation was then changed to "
                 f"{stack.config._attn_implementation!r}, which does not see it. Begin with an empty cache."
             )
-        return in_attention.run(forward, call, call.cached_prompt)
+        return in_attention.run(forward, call, cached_prompt)
+    check_whole_texts(call.stack)
+    if layer.placeholder_id is not None:
+        return in_place.run(forward, call, layer, layer.dtype or stack.dtype)
+    if cached_prompt is not None:
+        return in_row.go_on(forward, call, functools.partial(why_in_row, stack))
     prompt = layer.make_prompt(names, call.tokens.dtype if call.is_embedded else layer.dtype or stack.dtype)
     if prompt.states is not None:
         return deep.run(stack, forward, call, prompt, layer.embed)

@@ -33,6 +33,9 @@ class Prompt:
         takes_positions (`bool`, defaults to `True`): Whether the text's positions begin at V, rather than at 0.
         filled (`torch.Tensor`, *optional*):
             In a cache of rows with a template: how many of the V vectors each row has so far, (B,); `None`: all.
+        in_cache (`frozenset[int]`):
+            In a cache: the layers whose keys and values there begin with the prompt's. In the others attention puts
+            the `states` in front.
     """
 
     names: tuple[str, ...]
@@ -43,6 +46,7 @@ class Prompt:
     ends_in_padding: bool = False
     takes_positions: bool = True
     filled: Optional[torch.Tensor] = None
+    in_cache: frozenset[int] = frozenset()
 
     @property
     def positions(self) -> int:

@@ -51,7 +51,9 @@ def assert_same(found, expected) -> None:
     elif isinstance(expected, DynamicCache):
         assert found.get_seq_length() == expected.get_seq_length()
         for one, other in zip(found.layers, expected.layers, strict=True):
-            assert_same((one.keys, one.values), (other.keys, other.values))
+            # With gradients, a cache does not take the prompt in.
+            text = one.keys.shape[2]
+            assert_same((one.keys, one.values), (other.keys[:, :, -text:], other.values[:, :, -text:]))
     elif isinstance(expected, (tuple, list)):
         for one, other in zip(found, expected, strict=True):
             assert_same(one, other)
