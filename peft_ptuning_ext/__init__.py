@@ -5,6 +5,8 @@
 Importing this package registers the method with PEFT and has no other effect.
 """
 
+from .adapters.by_row import use_adapters
+from .adapters.collator import DataCollatorWithAdapterNames
 from .config import PromptEncoderType, PTuningConfig
 from .export.model_card import make_model_card
 from .export.prompt import fold_prompt, to_prompt_embeds, unfold_prompt
@@ -23,6 +25,7 @@ __version__ = "0.3.0"
 
 __all__ = [
     "ClozeClassifier",
+    "DataCollatorWithAdapterNames",
     "PTuningConfig",
     "PTuningLayer",
     "PTuningModel",
@@ -37,6 +40,7 @@ __all__ = [
     "make_model_card",
     "to_prompt_embeds",
     "unfold_prompt",
+    "use_adapters",
 ]
 
 register(PTuningConfig, PTuningModel)

@@ -112,6 +112,7 @@ class Backbone:
         counts_tokens (`bool`):
             Whether positions that the caller leaves out are the numbers of the unmasked tokens. This holds for
             decoders, as `generate` does it, and for models that count from behind a padding index by themselves.
+        counts_itself (`bool`): Whether the backbone leaves padding out of its positions without being told.
         beside_text (`bool`):
             If True, a left-padded row becomes [padding, prompt, text]; if False, [prompt, padding, text]. True for
             models that measure distance in columns: padding between prompt and text would change the distance there.
@@ -139,6 +140,7 @@ class Backbone:
     cache_name: str
     is_causal: bool
     counts_tokens: bool
+    counts_itself: bool
     beside_text: bool
     embed_scale: float
     first_position: int
@@ -227,6 +229,7 @@ def find_backbone(model: nn.Module) -> Backbone:
         cache_name="cache" if "cache" in parameters else "past_key_values",
         is_causal=is_causal,
         counts_tokens=has_positions and (is_causal or first_position > 0),
+        counts_itself=first_position > 0 or _reads_mask_for_positions(backbone),
         beside_text=is_local or (not has_positions if is_causal else max_positions is None or first_position > 0),
         embed_scale=float(getattr(backbone, EMBED_SCALES.get(type(backbone).__name__, ""), 1.0)),
         first_position=first_position,
@@ -370,6 +373,12 @@ def _positions(backbone: PreTrainedModel) -> tuple[int, Optional[int]]:
                 return first, module.num_embeddings - first
             return 0, module.num_embeddings - getattr(module, "offset", 0)  # OPT's and BART's tables are 2 longer
     return 0, None
+
+
+def _reads_mask_for_positions(backbone: PreTrainedModel) -> bool:
+    """Whether a table of positions is given the mask, to count what is no padding (OPT)."""
+    tables = (module for name, module in backbone.named_modules() if name.rpartition(".")[2] in POSITION_TABLES)
+    return any("attention_mask" in inspect.signature(table.forward).parameters for table in tables)
 
 
 def _why_not_in_attention(backbone: PreTrainedModel) -> Optional[str]:

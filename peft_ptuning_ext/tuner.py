@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
+from .adapters.by_row import choose_adapters, may_repeat
 from .adapters.checks import check_adapter, check_is_new, check_weights
 from .adapters.deep_start import find_deep_start
 from .adapters.names import from_saved_names, to_saved_names
@@ -22,13 +23,15 @@ from .adapters.removal import remove_adapters, undone_on_error
 from .adapters.requires_grad import keeping_requires_grad, requires_grad_by_name, restore_requires_grad
 from .adapters.tensor_parallel import check_tensor_parallel, start_alike
 from .adapters.vocabulary import allow_resizing, token_rows, train_token_rows
+from .adapters.weighted import check_combination, combine
 from .backbone import find_backbone
 from .config import PromptInit, PTuningConfig
 from .files.checkpoint import ENCODER_KEY, TOKENS_KEY, check_state, saved_name
 from .forward import deep_decoder
 from .forward.deep import record_prompt, take_prompts
 from .forward.wrap import attach, why_in_row
-from .prompts.adapter import find_layer, find_stack
+from .prompts.adapter import find_adapter, find_layer, find_stack
+from .prompts.choice import repeating
 from .prompts.deep import cast, without_batch
 from .prompts.layer import PTuningLayer, execution_device
 from .prompts.prompt import States
@@ -184,9 +187,7 @@ class PTuningModel(BaseTuner):
         find_stack(self.model).ptuning.states.drop(adapter_name)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        if unknown := [name for name in names if name not in self.peft_config]:
-            raise ValueError(f"There is no adapter {unknown[0]!r}, only {list(self.peft_config)}.")
+        self._check_names([adapter_name] if isinstance(adapter_name, str) else list(adapter_name))
         super().set_adapter(adapter_name, inference_mode=inference_mode)
 
     def disable_adapter_layers(self) -> None:
@@ -197,12 +198,50 @@ class PTuningModel(BaseTuner):
         with keeping_requires_grad(self.model):  # PEFT trains a head that is enabled
             super().enable_adapter_layers()
 
+    @torch.no_grad()
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
+    ) -> None:
+        """Adds an adapter whose prompt is made of those of others. It is not made active.
+
+        Args:
+            adapters (`list[str]`): Names of the others. A network of theirs is folded first.
+            weights (`list[float]`): A number for each of them.
+            adapter_name (`str`): Name of the new adapter.
+            combination_type (`str`, defaults to `"linear"`):
+                `"linear"`, the weighted sum of prompts of one length, or `"cat"`, one behind the other.
+
+        Raises:
+            ValueError: There is no such adapter or combination, or the new one is there already.
+        """
+        if adapter_name in self.peft_config:
+            raise ValueError(f"There is an adapter {adapter_name!r} already. Choose another name.")
+        self._check_names(adapters)
+        found = [find_adapter(self.model, name) for name in adapters]
+        check_combination(found, weights, combination_type)
+        config, prompt = combine(found, weights, combination_type)
+        self.peft_config[adapter_name] = config
+        with keeping_requires_grad(self.model):
+            self.inject_adapter(self.model, adapter_name)
+        self._layer().ptuning_encoders[adapter_name].start_at(prompt)
+
+    def _check_names(self, names: list[str]) -> None:
+        if unknown := [name for name in names if name not in self.peft_config]:
+            raise ValueError(f"There is no adapter {unknown[0]!r}, only {list(self.peft_config)}.")
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, adapter_names: Optional[list[str]] = None, **kwargs) -> Iterator[None]:
-        """PEFT enters this around every call; `adapter_names` would choose an adapter for each row."""
-        if adapter_names is not None:
-            raise ValueError("Several P-tuning adapters in one batch (`adapter_names`) are not supported yet.")
-        yield
+        """PEFT enters this around every call; `adapter_names` chooses adapters for each row."""
+        if adapter_names is None:
+            yield
+            return
+        with choose_adapters(self.model, adapter_names, may_repeat(args, kwargs)):
+            yield
+
+    def generate(self, *args, **kwargs):
+        """`generate` of the model, which may turn a row into several: beams, and several answers."""
+        with repeating():
+            return self.model.generate(*args, **kwargs)
 
     def inject_adapter(self, model, adapter_name, *args, **kwargs) -> None:
         """Adds an adapter, as PEFT does. After an error nothing is changed."""

@@ -48,6 +48,7 @@ class InFront:
             The call's positions, counted from the prompt's first token: (B or 1, S), or (3, B, S) of images; `None`
             for those of the columns.
         is_causal (`bool`): Whether the backbone looks back only.
+        present (`torch.Tensor`, *optional*): Which of the prompt's columns each row has, (B, V); `None`: all.
         masks (`dict`): Masks with the prompt's columns, and what else layers share.
         attended (`int`): How many layers were called so far that do not say which they are.
     """
@@ -58,6 +59,7 @@ class InFront:
     mask: Optional[torch.Tensor]
     positions: Optional[torch.Tensor] = None
     is_causal: bool = True
+    present: Optional[torch.Tensor] = None
     masks: dict = field(default_factory=dict)
     attended: int = 0
 
@@ -82,6 +84,7 @@ class InFront:
             window = None if self.past + self.queries + length <= window else window
         # A single token sees all. In a step of `generate`, this is all that happens in a layer.
         sees_all = mask is None and window is None and query.shape[2] == 1 and "position_bias" not in kwargs
+        sees_all = sees_all and self.present is None
         both = None
         if layer in self.prompt.in_cache:
             if sees_all:
@@ -120,8 +123,13 @@ class InFront:
 
 @dataclass
 class Recording:
-    """Takes the place of [`InFront`] in the pass of the prompt itself, and notes what attention is given."""
+    """Takes the place of [`InFront`] in the pass of the prompt itself, and notes what attention is given.
 
+    Args:
+        front ([`InFront`], *optional*): A deep prompt that stands in front of it.
+    """
+
+    front: Optional[InFront] = None
     states: States = field(default_factory=dict)
     windows: dict[int, Optional[int]] = field(default_factory=dict)
     modules: dict[int, nn.Module] = field(default_factory=dict)
@@ -135,6 +143,8 @@ class Recording:
         self.windows[layer] = kwargs.get("sliding_window")
         self.attended += 1
         check_form(attention, module, query, value, kwargs)
+        if self.front is not None:
+            return self.front.attend(attention, module, query, key, value, mask, kwargs)
         return attention(module, query, key, value, mask, **kwargs)
 
 

@@ -179,13 +179,16 @@ def with_tensors(front: InFront, inputs: Inputs, additive: bool = False) -> tupl
     if mask is None and is_causal and queries < front.queries:  # the queries are those of the last tokens only
         mask = torch.ones(front.queries, tokens, dtype=torch.bool, device=key.device).tril()[None, None, -queries:]
     is_whole = inputs.both is not None or (queries == 1 and copies(key, inputs.prompt_key))
+    is_whole = is_whole or len(inputs.prompt_key) > 1  # of each row its own
+    sees_prompt = front.present is None
     if is_sdpa and window is None and not is_whole and can_merge(query, key, inputs.value, inputs.kwargs):
         parts = (query, key, inputs.value, inputs.prompt_key, inputs.prompt_value)
         return merged_attention(*parts, mask, is_causal, inputs.kwargs.get("scaling")), None
-    if mask is None and window is None and not is_causal:
+    if mask is None and window is None and not is_causal and sees_prompt:
         return inputs.run(None)  # all is seen
     has_bias = inputs.kwargs.get("position_bias") is not None
-    if is_sdpa and mask is None and window is None and queries == tokens and not has_bias:
+    takes_bias = is_sdpa and sees_prompt and not has_bias and not torch.compiler.is_compiling()
+    if takes_bias and mask is None and window is None and queries == tokens:
         return inputs.as_autocast().run(causal_lower_right(tokens, tokens + front.prompt.length))
     widen = functools.partial(_widen, front, inputs, mask)
     mask = front.share(given, (window, queries, tokens), widen).to(key.device)
@@ -211,6 +214,8 @@ def _widen(front: InFront, inputs: Inputs, mask: Optional[torch.Tensor]) -> torc
         column = torch.arange(length, device=device)
         # Some models compute queries for the last tokens only.
         visible = front.distances(device)[:, None, -queries:, None] - column < inputs.window
+    if front.present is not None:
+        visible = visible & front.present.to(device)[:, None, None]
     if mask.dtype != torch.bool:
         visible = mask.new_zeros(()).masked_fill(~visible, torch.finfo(mask.dtype).min)
     shape = torch.broadcast_shapes(mask.shape[:-1], visible.shape[:-1])
@@ -220,7 +225,7 @@ def _widen(front: InFront, inputs: Inputs, mask: Optional[torch.Tensor]) -> torc
 def by_sight(front: InFront, inputs: Inputs) -> tuple[torch.Tensor, Any]:
     """Attention of somebody's own function, whose mask does not say what is ahead: none, or one of padding, (B, N)."""
     is_causal = inputs.is_causal and inputs.query.shape[2] > 1
-    if inputs.mask is None and inputs.window is None and not is_causal:
+    if inputs.mask is None and inputs.window is None and not is_causal and front.present is None:
         return inputs.run(None)  # all is seen
     sample = (inputs.module, inputs.query, inputs.value, inputs.kwargs)
     form = form_of(inputs.attention, *sample, is_causal=inputs.is_causal)

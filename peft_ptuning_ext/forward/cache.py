@@ -21,7 +21,7 @@ import torch
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
-from ..prompts.prompt import Prompt
+from ..prompts.prompt import Prompt, by_row
 
 
 # Up to so many rows times V, on a CPU, a step takes no longer with the prompt in each row of the cache. Above, reading
@@ -90,7 +90,8 @@ def take_in(cache: Cache) -> None:
         states = prompt.states.get(index)
         if states is None or type(layer) is not DynamicLayer or not layer.is_initialized:
             continue
-        if layer.keys.device.type == "cpu" and layer.keys.shape[0] * prompt.length > FEW:
+        is_shared = len(states[0]) == 1
+        if is_shared and layer.keys.device.type == "cpu" and layer.keys.shape[0] * prompt.length > FEW:
             continue
         layer.keys, layer.values = (put_in_front(*pair) for pair in zip(states, (layer.keys, layer.values)))
         layer.__class__, layer.prompt_length = LayerWithPrompt, prompt.length
@@ -99,9 +100,10 @@ def take_in(cache: Cache) -> None:
 
 
 def put_in_front(prompt: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-    """Keys or values of all rows: (1, heads, V, D) and (B, heads, N, D) → (B, heads, V + N, D)."""
+    """Keys or values of all rows: (1 or B, heads, V, D) and (B, heads, N, D) → (B, heads, V + N, D)."""
     rows = text.shape[0]
-    return torch.cat([prompt.to(text) if rows == 1 else prompt.to(text).expand(rows, -1, -1, -1), text], dim=2)
+    of_rows = by_row(prompt.to(text), rows)
+    return torch.cat([of_rows if len(of_rows) == rows else of_rows.expand(rows, -1, -1, -1), text], dim=2)
 
 
 @functools.cache

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import Cache
 
 from ..backbone import PACKING_INPUTS, REFUSED_INPUTS, UNTOUCHED_INPUTS, Backbone
+from ..prompts.choice import Names, Rows, describe
 from ..prompts.prompt import Prompt
 from .cache import CacheWithPrompt, StaticCacheBesidePrompt, clear_prompt, full_view
 
@@ -133,14 +134,14 @@ class Call:
         if not self.is_embedded and self.tokens.dim() != 2:
             raise ValueError(f"{self.stack} got `input_ids` of shape {tuple(self.tokens.shape)}, not (B, S).")
 
-    def check_cache(self, names: tuple[str, ...]) -> None:
+    def check_cache(self, names: Names | Rows) -> None:
         """Refuses to go on under one adapter behind a cache that was filled under another."""
         cached_prompt = self.cached_prompt
         # While compiling, how much a static cache holds can't be told; what it was filled behind can.
         is_filled = cached_prompt is not None or (not isinstance(self.past, torch.Tensor) and self.past > 0)
         filled = () if cached_prompt is None else cached_prompt.names
         if is_filled and filled != names:
-            before, now = (f"adapter {each[0]!r}" if each else "no adapter" for each in (filled, names))
+            before, now = (describe(each) for each in (filled, names))
             raise ValueError(
                 f"The cache was filled under {before}, and now {now} is active. Begin with an empty cache."
             )
@@ -174,12 +175,12 @@ class Call:
                 "Pass one text per row, padded, with an attention mask."
             )
 
-    def check_lengths(self, before: int, length: int, mask: Optional[torch.Tensor]) -> None:
+    def check_lengths(self, before: int, length: int | torch.Tensor, mask: Optional[torch.Tensor]) -> None:
         """Refuses a mask that is too short, and a text that has no positions left.
 
         Args:
             before (`int`): How many of the user's tokens are in the cache.
-            length (`int`): V.
+            length (`int` or `torch.Tensor`): V, or how many positions the prompt of each row takes, (B, 1).
             mask (`torch.Tensor`, *optional*): The 2-D mask.
         """
         new = self.tokens.shape[1]
@@ -189,9 +190,13 @@ class Call:
                 "Pass a mask of all of the user's tokens, without the virtual ones."
             )
         text, limit = before + new, self.backbone.max_positions
-        if limit is None or text + length <= limit:
+        if limit is None:
             return
-        if mask is not None and self.backbone.counts_tokens:
+        if isinstance(length, torch.Tensor):  # the longest row is the one that counts
+            texts = mask.sum(-1) if mask is not None and self.backbone.counts_tokens else text
+            row = int((length[:, 0] + texts).argmax())
+            text, length = texts if isinstance(texts, int) else int(texts[row]), int(length[row])
+        elif text + length > limit and mask is not None and self.backbone.counts_tokens:
             text = int(mask.sum(-1).max())  # padding takes no position
         if text + length > limit:
             raise ValueError(

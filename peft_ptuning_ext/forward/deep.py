@@ -150,7 +150,7 @@ def _run_behind_cache(stack: PreTrainedModel, forward: Callable, call: Call, pro
     for layer, states in prompt.states.items():
         cache.update(*(state.expand(len(call.tokens), -1, -1, -1) for state in states), layer)
     places = torch.zeros(len(call.tokens), prompt.length, dtype=torch.long, device=call.tokens.device)
-    behind = Prompt(prompt.names, prompt.length, places=places, takes_positions=prompt.takes_positions)
+    behind = Prompt(prompt.names, prompt.length, places=places, taken=prompt.taken, starts=prompt.starts)
     note_prompt(cache if is_own else call.cache, behind)
     given = call.arguments(**{name: full_view(cache)})
     filled = dataclasses.replace(call, given=given, cache=given[name], past=prompt.length, cached_prompt=behind)

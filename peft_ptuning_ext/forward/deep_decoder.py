@@ -20,12 +20,14 @@ from transformers import Cache, PreTrainedModel
 
 from ..backbone import why_not_in_decoder
 from ..prompts.adapter import layer_of
+from ..prompts.choice import Names, Rows, describe
 from ..prompts.layer import PTuningLayer
 from ..prompts.prompt import Prompt, States
 from .attention import KEYWORD, InFront, Recording, adapt_attention, restore_attention
 from .attention import layer_of as index_of
 from .deep import check_implementation, first_decoder_layer, in_evaluation, record_call, refusal
 from .in_attention import NotRecorded, check_recording, checkpoints_reentrantly
+from .rows import join
 
 
 # What to choose where a decoder takes no prompt.
@@ -98,28 +100,29 @@ def _put_in_front(stack: PreTrainedModel, decoder: PreTrainedModel, args: tuple,
     cache = next((value for value in given.values() if isinstance(value, Cache)), None)
     past = 0 if cache is None else cache.get_seq_length()
     past = past if torch.compiler.is_compiling() else int(past)
-    layer = layer_of(stack)
-    name = _active_adapter(stack, layer)
-    cached = getattr(cache, "ptuning_prompt", None)
-    # While compiling, how much a static cache holds can't be told; what it was filled behind can.
-    if cached is not None if isinstance(past, torch.Tensor) else past > 0:
-        _check_cache(decoder, name, cached)
-    else:
-        cached = None  # the cache was reset, if it was filled
-    if name is None:
-        return None
     tokens = given.get("input_ids")
     tokens = given.get("inputs_embeds") if tokens is None else tokens
     if tokens is None:  # the decoder has its own error
         return None
+    layer = layer_of(stack)
+    names = _names_in_decoder(stack, decoder, layer, len(tokens))
+    cached = getattr(cache, "ptuning_prompt", None)
+    # While compiling, how much a static cache holds can't be told; what it was filled behind can.
+    if cached is not None if isinstance(past, torch.Tensor) else past > 0:
+        _check_cache(decoder, names, cached)
+    else:
+        cached = None  # the cache was reset, if it was filled
+    if not names:
+        return None
     check_implementation(decoder)
-    prompt = cached or _decoder_part(stack, layer, name, tokens.dtype if tokens.is_floating_point() else decoder.dtype)
+    dtype = tokens.dtype if tokens.is_floating_point() else decoder.dtype
+    prompt = cached or _decoder_part(stack, layer, names, dtype, tokens)
     _check_checkpointing(decoder, prompt)
     if cache is not None:
         cache.ptuning_prompt = prompt
     mask = given.get("attention_mask")
     mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
-    in_front = InFront(prompt, tokens.shape[1], past, mask)
+    in_front = InFront(prompt, tokens.shape[1], past, mask, present=prompt.present(len(tokens)))
     return args, {**kwargs, KEYWORD: SelfAttentionOnly(in_front)}
 
 
@@ -132,26 +135,46 @@ def _note_prompt(decoder: PreTrainedModel, args: tuple, kwargs: dict, output: An
             value.ptuning_prompt = given.inner.prompt
 
 
-def _active_adapter(stack: PreTrainedModel, layer: PTuningLayer) -> Optional[str]:
-    """The active adapter, if it has a prompt in the decoder."""
+def _names_in_decoder(
+    stack: PreTrainedModel, decoder: PreTrainedModel, layer: PTuningLayer, rows: int
+) -> Names | Rows:
+    """The adapters that have a prompt in the decoder, for all of B = `rows` rows or by row."""
     first = first_decoder_layer(stack)
-    for name in layer.prompt_names:
-        if layer.is_deep(name) and any(index >= first for index in layer.ptuning_encoders[name].shapes):
-            return name
-    return None
+
+    def are_inside(names: Names) -> Names:
+        deep = (name for name in names if layer.is_deep(name))
+        return tuple(name for name in deep if any(i >= first for i in layer.ptuning_encoders[name].shapes))
+
+    names = layer.prompt_names
+    if not isinstance(names, Rows):
+        return are_inside(names)
+    inside = replace(names, names=tuple(map(are_inside, names.names)))
+    return inside.of_call(type(decoder).__name__, rows)
 
 
-def _decoder_part(stack: PreTrainedModel, layer: PTuningLayer, name: str, dtype: torch.dtype) -> Prompt:
-    """The prompt of an adapter in the layers of the decoder, which are numbered from 0 here."""
-    prompt, first = layer.make_prompt((name,), dtype), first_decoder_layer(stack)
-    return replace(prompt, states={i - first: pair for i, pair in prompt.states.items() if i >= first})
+def _decoder_part(
+    stack: PreTrainedModel, layer: PTuningLayer, names: Names | Rows, dtype: torch.dtype, tokens: torch.Tensor
+) -> Prompt:
+    """The prompt of some adapters in the layers of the decoder, which are numbered from 0 here."""
+    first = first_decoder_layer(stack)
+
+    def make(names: Names) -> Optional[Prompt]:
+        if not names:
+            return None
+        prompt = layer.make_deep_prompt(names, dtype)
+        return replace(prompt, states={i - first: pair for i, pair in prompt.states.items() if i >= first})
+
+    if not isinstance(names, Rows):
+        return make(names)
+    of_rows = names.of_batch(type(stack).__name__, len(tokens))
+    return join(names, of_rows, {each: make(each) for each in dict.fromkeys(of_rows)}, tokens.device)
 
 
-def _check_cache(decoder: PreTrainedModel, name: Optional[str], cached: Optional[Prompt]) -> None:
+def _check_cache(decoder: PreTrainedModel, names: Names | Rows, cached: Optional[Prompt]) -> None:
     """Refuses to go on behind a cache whose text has seen another prompt than what follows would."""
-    before = None if cached is None else cached.names[0]
-    if before != name:
-        was, now = ("no prompt" if each is None else f"the prompt of adapter {each!r}" for each in (before, name))
+    filled = () if cached is None else cached.names
+    if filled != names:
+        was, now = (f"the prompt of {describe(each)}" if each else "no prompt" for each in (filled, names))
         raise ValueError(
             f"The cache of {type(decoder).__name__} was filled behind {was} of the decoder's, and now {now} is "
             "active. Begin with an empty cache."

@@ -28,12 +28,14 @@ def attend(front: InFront, inputs: Inputs) -> tuple[torch.Tensor, Any]:
     given = inputs.mask
     if given is None and (starts := starts_of_texts(front, inputs)) is not None:
         return _attend_packed(front, inputs, starts)
-    if given is None:
+    if given is None and front.present is None:
         return inputs.run(None)
-    tokens = inputs.key.shape[2]
+    rows, _, tokens, _ = inputs.key.shape
 
     def widen() -> torch.Tensor:
-        return torch.cat([given.new_ones(len(given), front.prompt.length), given[:, :tokens]], dim=1)
+        of_text = front.present.new_ones(rows, tokens) if given is None else given[:, :tokens]
+        of_prompt = of_text.new_ones(rows, front.prompt.length) if front.present is None else front.present
+        return torch.cat([of_prompt.to(of_text), of_text], dim=1)
 
     return inputs.run(front.share(given, tokens, widen).to(inputs.key.device))
 

@@ -52,18 +52,19 @@ def run(forward: Callable, call: Call, prompt: Prompt) -> Any:
         ValueError: The text is too long, or its mask too short.
     """
     mask, past, is_causal = call.plain_mask, call.past, call.backbone.is_causal
+    rows = call.tokens.shape[0]
     if call.given_positions is None:
         call.check_packing()
     if not isinstance(past, torch.Tensor):
-        call.check_lengths(past, prompt.positions, mask)
+        call.check_lengths(past, prompt.shift(rows), mask)
     positions = text_positions(call, mask, prompt)
     from_prompt = None if positions is None else positions + prompt.length
-    in_front = InFront(prompt, call.tokens.shape[1], past, mask, from_prompt, is_causal)
+    in_front = InFront(prompt, call.tokens.shape[1], past, mask, from_prompt, is_causal, prompt.present(rows))
     if call.cache is not None:
         note_prompt_beside(call.cache, prompt)
     arguments = {**call.given, KEYWORD: in_front}
     if positions is not None and "position_ids" in call.backbone.parameters:
-        arguments["position_ids"] = from_prompt if prompt.takes_positions else positions
+        arguments["position_ids"] = positions + prompt.shift(rows) if prompt.needs_telling else from_prompt
     output = forward(**arguments)
     if call.cached_prompt is None:
         values = output if isinstance(output, tuple) else output.values()
@@ -87,7 +88,7 @@ def text_positions(call: Call, mask: Optional[torch.Tensor], prompt: Prompt) -> 
     text = call.tokens.shape[1]
     positions = (torch.arange(text, device=call.tokens.device) + call.past)[None]
     if mask is not None and (backbone.counts_tokens or backbone.is_rotary):
-        positions = count_positions(mask).take_along_dim(positions, dim=-1)
+        positions = prompt.counted_or(positions, count_positions(mask).take_along_dim(positions, dim=-1))
     return positions + backbone.first_position
 
 
@@ -127,22 +128,24 @@ def checkpoints_reentrantly(stack: PreTrainedModel) -> bool:
     return False
 
 
-def with_states(stack: PreTrainedModel, forward: Callable, prompt: Prompt) -> Prompt:
+def with_states(stack: PreTrainedModel, forward: Callable, prompt: Prompt, front: Optional[Prompt] = None) -> Prompt:
     """Returns the prompt with its keys and values: those stored, where no gradient is asked for, or new ones.
 
     Args:
         stack (`PreTrainedModel`): The backbone.
         forward (`Callable`): Its own `forward`.
         prompt ([`Prompt`]): With its vectors, (1, V, H), in the dtype of the text's embeddings.
+        front ([`Prompt`], *optional*): A deep prompt that stands in front of it.
 
     Raises:
         NotRecorded: The pass showed that the backbone does not call its attention exactly once per layer.
     """
     vectors, stored = prompt.vectors, stack.ptuning.states
     is_stored = not torch.is_grad_enabled() and not stack.training and not torch.compiler.is_compiling()
+    is_stored = is_stored and front is None
     if is_stored and (states := stored.find(stack, prompt.names, vectors)) is not None:
         return Prompt(prompt.names, prompt.length, states=states)
-    states = record(stack.config, forward, vectors)
+    states = record(stack.config, forward, vectors, front)
     if is_stored:
         # Values come as transposed views. Each further call would read them out of order.
         states = {layer: (key.contiguous(), value.contiguous()) for layer, (key, value) in states.items()}
@@ -150,14 +153,18 @@ def with_states(stack: PreTrainedModel, forward: Callable, prompt: Prompt) -> Pr
     return Prompt(prompt.names, prompt.length, states=states)
 
 
-def record(config: Any, forward: Callable, vectors: torch.Tensor) -> States:
-    """Computes the keys and values of a prompt (1, V, H) by one pass of the backbone.
+def record(config: Any, forward: Callable, vectors: torch.Tensor, front: Optional[Prompt] = None) -> States:
+    """Computes the keys and values of a prompt (1, V, H) by one pass of the backbone, behind a deep one if given.
 
     Raises:
         NotRecorded: The pass showed that the backbone does not call its attention exactly once per layer.
     """
+    length = vectors.shape[1]
+    positions = torch.arange(length, device=vectors.device)[None]
     recording = Recording()
-    positions = torch.arange(vectors.shape[1], device=vectors.device)[None]
+    if front is not None:
+        positions = positions + front.positions
+        recording.front = InFront(front, length, 0, None, positions - front.positions + front.length)
     # A copy of the prompt, because there are models that scale their embeddings in place.
     arguments = {"inputs_embeds": vectors.clone(), "position_ids": positions, "use_cache": False}
     forward(**arguments, **{KEYWORD: recording})

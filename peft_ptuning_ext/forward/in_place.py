@@ -14,19 +14,21 @@ from typing import Any, Optional
 import torch
 from transformers import Cache
 
+from ..prompts.choice import Names
 from ..prompts.layer import PTuningLayer
 from ..prompts.prompt import Prompt
 from .cache import note_prompt_beside
 from .call import Call
 
 
-def run(forward: Callable, call: Call, layer: PTuningLayer, dtype: torch.dtype) -> Any:
+def run(forward: Callable, call: Call, layer: PTuningLayer, names: Names, dtype: torch.dtype) -> Any:
     """Runs a call whose ids have placeholders, or one behind a cache that has all of them.
 
     Args:
         forward (`Callable`): The backbone's own `forward`.
         call ([`Call`]): What was asked.
-        layer ([`PTuningLayer`]): The tuner layer, whose active adapter has a template.
+        layer ([`PTuningLayer`]): The tuner layer.
+        names (`tuple[str, ...]`): The adapter that has a template.
         dtype (`torch.dtype`): That of the embeddings.
 
     Returns:
@@ -40,12 +42,12 @@ def run(forward: Callable, call: Call, layer: PTuningLayer, dtype: torch.dtype) 
             f"{call.stack} got `inputs_embeds`, and the adapter's prompt template finds its slots by their token id. "
             "Pass `input_ids`."
         )
-    slots = call.tokens == layer.placeholder_id
+    slots = call.tokens == layer.placeholder_of(names)
     before = call.cached_prompt
     if before is not None and before.filled is None:
         _check_none_left(call, slots)
         return forward(**call.given)
-    prompt = layer.make_prompt(layer.prompt_names, dtype)
+    prompt = layer.make_prompt(names, dtype)
     order = slots.long().cumsum(1) - 1  # (B, S): which vector each slot gets
     if before is not None:
         order = order + before.filled[:, None]

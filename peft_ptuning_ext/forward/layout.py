@@ -62,13 +62,16 @@ class Layout:
         """Puts `value` at the prompt's places among (B, S) values → (B, V+S)."""
         return self.spread(values.new_full((1, 1), value), values)
 
-    def positions(self, positions: torch.Tensor, first: int) -> torch.Tensor:
-        """first … first+V-1 for the prompt, V + `positions` for the text: (…, B, S) → (…, B, V+S).
+    def positions(self, positions: torch.Tensor, first: int, shift: int | torch.Tensor) -> torch.Tensor:
+        """Positions from `first` on for the prompt, `shift` + `positions` for the text: (…, B, S) → (…, B, V+S).
 
-        Leading dimensions, as of multimodal rotary positions (3, B, S), all get the prompt's positions.
+        Leading dimensions, as of multimodal rotary positions (3, B, S), all get the prompt's positions. Where `shift`
+        is (B, 1), each row has as many of the V vectors, the last ones.
         """
         prompt = torch.arange(first, first + self.length, device=positions.device)
-        return self.spread(prompt, positions + self.length, dim=-1)
+        if isinstance(shift, torch.Tensor):
+            prompt = (prompt - self.length + shift).clamp(min=first)
+        return self.spread(prompt, positions + shift, dim=-1)
 
     def trim(self, value: Any, batch_size: int) -> Any:
         """Takes the prompt's positions off an output of a backbone for B = `batch_size` rows, whatever its nesting.

@@ -28,6 +28,7 @@ from transformers.generation.continuous_batching.cache import PagedAttentionCach
 
 from ..backbone import own_name
 from ..prompts.adapter import find_stack, layer_of
+from ..prompts.choice import Rows
 from ..prompts.layer import PTuningLayer
 from ..prompts.prompt import Prompt
 from .attention import adapt_attention
@@ -201,13 +202,14 @@ def _serve(stack: PreTrainedModel) -> Served:
             f"{type(stack).__name__}: {reason}. Call `generate` with a padded batch."
         )
     with torch.no_grad(), in_evaluation(stack):
-        prompt = layer.make_prompt(names, layer.dtype or stack.dtype)
+        make = layer.make_deep_prompt if layer.is_deep(names[0]) else layer.make_prompt
+        prompt = make(names, layer.dtype or stack.dtype)
     states = prompt.states or record_prompt(stack, prompt.vectors[0])[0]
     # Values come as transposed views. Each step would read them out of order.
     states = {
         index: (key.detach().contiguous(), value.detach().contiguous()) for index, (key, value) in states.items()
     }
-    prompt = Prompt(names, prompt.length, states=states, takes_positions=prompt.takes_positions)
+    prompt = Prompt(names, prompt.length, states=states, taken=prompt.taken)
     return Served(names, prompt, _values(layer, names))
 
 
@@ -217,6 +219,10 @@ def _why_not(stack: PreTrainedModel, layer: PTuningLayer) -> Optional[str]:
     backbone = attachment.backbone
     if backbone.decoder is not None or not backbone.is_causal:
         return "it is no decoder"
+    if isinstance(layer.prompt_names, Rows):
+        return "`adapter_names` chooses adapters by row, and its rows are made of many texts"
+    if len({layer.is_deep(name) for name in layer.prompt_names}) > 1:
+        return "a prompt in every layer is composed with one at the input"
     if layer.placeholder_id is not None:
         return "its slots are in the texts, of which a step may bring a part"
     if backbone.deep_way != "attention":

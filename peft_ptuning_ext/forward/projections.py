@@ -53,12 +53,12 @@ def run(stack: PreTrainedModel, forward: Callable, call: Call, prompt: Prompt) -
             "again when the call that the prompt belongs to is over. Turn gradient checkpointing off."
         )
     changes = {}
-    if prompt.takes_positions and "position_ids" in call.backbone.parameters:
+    if prompt.positions and "position_ids" in call.backbone.parameters:
         positions = call.positions()
         if positions is None:
             positions = torch.arange(call.tokens.shape[1], device=call.tokens.device)[None]
             positions = positions + call.backbone.first_position
-        changes["position_ids"] = positions + prompt.positions
+        changes["position_ids"] = positions + prompt.shift(len(call.tokens))
     call.check_lengths(0, prompt.positions, call.mask)
     token = _running.set(_InFront(prompt.states, prompt.length))
     try:

@@ -22,8 +22,9 @@ from torch.utils.hooks import RemovableHandle
 
 from ..backbone import Backbone
 from ..prompts.adapter import ATTACHMENT, find_stack, layer_of
+from ..prompts.choice import Rows
 from ..prompts.layer import PTuningLayer
-from . import deep, deep_decoder, in_attention, in_place, in_row, one_pass, paged
+from . import deep, deep_decoder, in_attention, in_place, in_row, one_pass, paged, rows
 from .attention import adapt_attention, restore_attention
 from .call import Call
 from .deep_decoder import DeepDecoder
@@ -67,6 +68,8 @@ def run(stack: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
     layer = layer_of(stack)
     names = layer.prompt_names
     call = Call.read(stack, attachment.backbone, args, kwargs)
+    if isinstance(names, Rows) and call.tokens is not None:
+        names = names.of_call(call.stack, len(call.tokens))
     call.check_cache(names)
     if not names or call.tokens is None:  # the model has its own error for no text, and for two
         return forward(**call.given)
@@ -79,14 +82,18 @@ def run(stack: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
             )
         return in_attention.run(forward, call, cached_prompt)
     check_whole_texts(call.stack)
-    if layer.placeholder_id is not None:
-        return in_place.run(forward, call, layer, layer.dtype or stack.dtype)
+    if not isinstance(names, Rows) and layer.placeholder_of(names) is not None:
+        return in_place.run(forward, call, layer, names, layer.dtype or stack.dtype)
     if cached_prompt is not None:
         return in_row.go_on(forward, call, functools.partial(why_in_row, stack))
-    prompt = layer.make_prompt(names, call.tokens.dtype if call.is_embedded else layer.dtype or stack.dtype)
-    if prompt.states is not None:
-        return deep.run(stack, forward, call, prompt, layer.embed)
-    if why_in_row(stack) is None:
+    dtype = call.tokens.dtype if call.is_embedded else layer.dtype or stack.dtype
+    why = functools.partial(why_in_row, stack)
+    if isinstance(names, Rows) or len({layer.is_deep(name) for name in names}) > 1:
+        return rows.run(stack, forward, call, layer, names, dtype, why)
+    if layer.is_deep(names[0]):
+        return deep.run(stack, forward, call, layer.make_deep_prompt(names, dtype), layer.embed)
+    prompt = layer.make_prompt(names, dtype)
+    if why() is None:
         try:
             if not one_pass.is_due(stack, call):
                 return in_attention.run(forward, call, in_attention.with_states(stack, forward, prompt))
@@ -97,7 +104,7 @@ def run(stack: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
                 return one_pass.run(stack, forward, call, prompt, _embed(call, layer))
         except NotRecorded as reason:
             attachment.not_recorded = str(reason)
-    return in_row.begin(stack, forward, call, prompt, _embed(call, layer), functools.partial(why_in_row, stack))
+    return in_row.begin(stack, forward, call, prompt, _embed(call, layer), why)
 
 
 def _embed(call: Call, layer: PTuningLayer) -> torch.Tensor:
@@ -128,7 +135,7 @@ def attach(model: nn.Module, backbone: Backbone) -> None:
             setattr(stack, name, MethodType(wrapped.forward, stack))
         stack.__class__ = wrapped
         if decoder is not None:
-            hook = functools.partial(in_row.widen_encoder_mask, backbone)
+            hook = functools.partial(in_row.widen_encoder_mask, stack)
             attachment.decoder_hook = decoder.register_forward_pre_hook(hook, with_kwargs=True)
         if backbone.not_in_attention is None and backbone.not_recorded is None:
             adapt_attention(stack)

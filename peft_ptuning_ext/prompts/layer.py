@@ -19,6 +19,7 @@ from torch.func import functional_call
 
 from ..config import PTuningConfig
 from .build import build_encoder
+from .choice import Names, Rows, chosen_rows
 from .deep import DeepPromptEncoder, Shapes, cast
 from .prompt import Prompt, States
 from .start import start_vectors
@@ -74,24 +75,51 @@ class PTuningLayer(nn.Module, BaseTunerLayer):
                 module.training = mode
 
     @property
-    def prompt_names(self) -> tuple[str, ...]:
-        """Names of the adapters whose prompt is in front now; empty if there is none or adapters are disabled."""
-        return () if self._disable_adapters else tuple(self._active_adapter)
+    def prompt_names(self) -> Names | Rows:
+        """Names of the adapters whose prompts are in front now, for all rows or by row.
+
+        They are empty if there is none, or if adapters are disabled.
+        """
+        if self._disable_adapters:
+            return ()
+        rows = chosen_rows(self)
+        return tuple(self._active_adapter) if rows is None else rows
 
     @property
     def placeholder_id(self) -> Optional[int]:
         """The id whose embeddings the active prompt replaces; `None` if it is in front of the text."""
-        names = self.prompt_names
+        return None if self._disable_adapters else self.placeholder_of(tuple(self._active_adapter))
+
+    def placeholder_of(self, names: Names) -> Optional[int]:
+        """The id whose embeddings the prompt of adapters by name replaces; `None` if it is in front of the text."""
         return self.ptuning_encoders[names[0]].placeholder_id if names else None
 
-    def make_prompt(self, names: tuple[str, ...], dtype: torch.dtype) -> Prompt:
-        """Returns the prompt of adapters by name, with its vectors, (1, V, H), or keys and values, in `dtype`."""
-        (name,) = names
-        encoder, encoded = self.ptuning_encoders[name], self.encode(name)
-        if isinstance(encoder, DeepPromptEncoder):
-            length, shifts = encoder.num_virtual_tokens, encoder.shift_positions
-            return Prompt(names, length, states=cast(encoded, dtype), takes_positions=shifts)
-        return Prompt(names, len(encoded), encoded[None].to(dtype))
+    def make_prompt(self, names: Names, dtype: torch.dtype) -> Prompt:
+        """Returns the prompt of adapters at the input by name, with its vectors, (1, V, H), in `dtype`."""
+        vectors = [self.encode(name) for name in names]
+        joined = vectors[0] if len(vectors) == 1 else torch.cat(vectors)
+        return Prompt(names, len(joined), joined[None].to(dtype))
+
+    def length_at_input(self, names: Names) -> int:
+        """How many vectors the prompts of adapters by name have at the input, V."""
+        return sum(self.ptuning_encoders[name].num_virtual_tokens for name in names if not self.is_deep(name))
+
+    def make_deep_prompt(self, names: Names, dtype: torch.dtype) -> Prompt:
+        """Returns the prompt of deep adapters by name, with its keys and values, in `dtype`.
+
+        Raises:
+            ValueError: The adapters don't have the same layers.
+        """
+        encoders = [self.ptuning_encoders[name] for name in names]
+        parts = [cast(self.encode(name), dtype) for name in names]
+        states = parts[0]
+        if any(part.keys() != states.keys() for part in parts):
+            raise ValueError(f"The prompts of adapters {list(names)} are in different layers, and can't be composed.")
+        if len(parts) > 1:
+            by_kind = {layer: zip(*(part[layer] for part in parts), strict=True) for layer in states}
+            states = {layer: tuple(torch.cat(kind, dim=2) for kind in kinds) for layer, kinds in by_kind.items()}
+        positions = sum(encoder.num_virtual_tokens for encoder in encoders if encoder.shift_positions)
+        return Prompt(names, sum(e.num_virtual_tokens for e in encoders), states=states, taken=positions)
 
     @property
     def dtype(self) -> Optional[torch.dtype]:
@@ -125,8 +153,14 @@ class PTuningLayer(nn.Module, BaseTunerLayer):
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         # Other methods may have adapters on the model too, and all of them are told the names of all.
         names = [name for name in names if name in self.ptuning_encoders]
-        if len(names) > 1:
-            raise ValueError(f"Only one P-tuning adapter can be active at a time, got {names}.")
+        if len(set(names)) < len(names):
+            raise ValueError(f"An adapter can be active once, got {names}.")
+        placed = [name for name in names if self.ptuning_encoders[name].placeholder_id is not None]
+        if placed and len(names) > 1:
+            raise ValueError(
+                f"Adapter {placed[0]!r} has a prompt template, which says where its prompt stands. It can't be active "
+                f"together with others, got {names}."
+            )
         super().set_adapter(names, inference_mode=inference_mode)
         self._freeze_constants()
 

@@ -9,8 +9,10 @@ from typing import Optional
 
 import torch
 
+from .choice import Names, Rows
 
-# By layer, keys and values as attention receives them, each (1, key-value heads, V, D).
+
+# By layer, keys and values as attention receives them, each (1, key-value heads, V, D), or (B, …) by row.
 States = dict[int, tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -21,34 +23,71 @@ class Prompt:
     A cache that was filled behind a prompt has a `Prompt`, too. It then tells which prompt that was.
 
     Args:
-        names (`tuple[str, ...]`): The adapters that it is made of.
-        length (`int`): V.
-        vectors (`torch.Tensor`, *optional*): What enters the first layer, (1, V, H).
+        names (`tuple[str, ...]` or [`Rows`]): The adapters that it is made of, for all rows or by row.
+        length (`int`): V, of which a row may have fewer, at the end.
+        vectors (`torch.Tensor`, *optional*): What enters the first layer, (1, V, H), or (B, V, H) by row.
         states (`dict[int, tuple]`, *optional*): Its keys and values in every layer.
         places (`torch.Tensor`, *optional*):
             In a cache: the columns of the text that it stands before, (B or 1, V); `None`: behind the padding on the
             left, if there is any and distance is counted in columns.
         ends_in_padding (`bool`, defaults to `False`):
             In a cache: whether some row had nothing but padding so far, and may have more.
-        takes_positions (`bool`, defaults to `True`): Whether the text's positions begin at V, rather than at 0.
+        taken (`int`, *optional*): How many positions it takes from the text, at most if rows differ; `None`: V.
         filled (`torch.Tensor`, *optional*):
             In a cache of rows with a template: how many of the V vectors each row has so far, (B,); `None`: all.
         in_cache (`frozenset[int]`):
             In a cache: the layers whose keys and values there begin with the prompt's. In the others attention puts
             the `states` in front.
+        lengths (`torch.Tensor`, *optional*): How many of the V columns each row has, (B,); `None`: all.
+        starts (`torch.Tensor`, *optional*): How many positions it takes from each row, (B,), if rows differ.
+        bare (`torch.Tensor`, *optional*): Which rows have no adapter, (B,); `None`: none.
     """
 
-    names: tuple[str, ...]
+    names: Names | Rows
     length: int
     vectors: Optional[torch.Tensor] = None
     states: Optional[States] = None
     places: Optional[torch.Tensor] = None
     ends_in_padding: bool = False
-    takes_positions: bool = True
+    taken: Optional[int] = None
     filled: Optional[torch.Tensor] = None
     in_cache: frozenset[int] = frozenset()
+    lengths: Optional[torch.Tensor] = None
+    starts: Optional[torch.Tensor] = None
+    bare: Optional[torch.Tensor] = None
 
     @property
     def positions(self) -> int:
-        """How many positions it takes from the text: V or 0."""
-        return self.length if self.takes_positions else 0
+        """How many positions it takes from the text, at most if rows differ."""
+        return self.length if self.taken is None else self.taken
+
+    @property
+    def needs_telling(self) -> bool:
+        """Whether the text's positions begin elsewhere than at the column behind the prompt's."""
+        return self.starts is not None or self.positions != self.length
+
+    def present(self, rows: int) -> Optional[torch.Tensor]:
+        """Which of the V columns each of B = `rows` rows has, (B, V); `None`: all."""
+        if self.lengths is None:
+            return None
+        columns = torch.arange(self.length, device=self.lengths.device)
+        return by_row(columns >= self.length - self.lengths[:, None], rows)
+
+    def counted_or(self, columns: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+        """Positions (B, S) that count what is no padding, and those of the columns in rows without a prompt.
+
+        Such a row is to be that of the base model, which leaves padding out only where it is told.
+        """
+        return (
+            counted if self.bare is None else torch.where(by_row(self.bare[:, None], len(counted)), columns, counted)
+        )
+
+    def shift(self, rows: int) -> int | torch.Tensor:
+        """What is added to the text's positions: one number, or one for each of B = `rows` rows, (B, 1)."""
+        return self.positions if self.starts is None else by_row(self.starts[:, None], rows)
+
+
+def by_row(values: torch.Tensor, rows: int) -> torch.Tensor:
+    """One value for each of B = `rows` rows, of which several that are next to each other may share one."""
+    number = values.shape[0]
+    return values if number in (1, rows) else values.repeat_interleave(rows // number, dim=0)

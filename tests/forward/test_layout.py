@@ -97,8 +97,18 @@ def test_counted_positions_count_the_real_tokens(mask) -> None:
 @given(length=sizes, text=sizes, first=st.integers(0, 3), leading=st.sampled_from([(), (3,), (4,)]))
 def test_positions_go_on_behind_the_prompt(length, text, first, leading) -> None:
     positions = torch.arange(text).expand(*leading, 2, text) + first
-    row = Layout.at(None, length, text).positions(positions, first)
+    row = Layout.at(None, length, text).positions(positions, first, length)
     assert torch.equal(row, torch.arange(first, first + length + text).expand(*leading, 2, -1))
+
+
+@given(length=sizes, text=sizes, first=st.integers(0, 3), lengths=st.lists(st.integers(0, 3), min_size=2, max_size=2))
+def test_positions_begin_where_the_prompt_of_a_row_does(length, text, first, lengths) -> None:
+    shift = torch.tensor([min(each, length) for each in lengths])[:, None]
+    row = Layout.at(None, length, text).positions(torch.arange(text).expand(2, -1) + first, first, shift)
+    for positions, own in zip(row, shift[:, 0].tolist(), strict=True):
+        missing = length - own
+        assert positions[missing:].tolist() == list(range(first, first + own + text))
+        assert positions[:missing].tolist() == [first] * missing
 
 
 @given(mask=masks(), length=sizes, leading=st.sampled_from([(), (3,)]))
