@@ -10,7 +10,8 @@ from typing import Optional
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTuner
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from peft.tuners.tuners_utils import BaseTuner, delete_adapter
 from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
@@ -18,22 +19,23 @@ from transformers import PreTrainedTokenizerBase
 from .adapters.by_row import choose_adapters, may_repeat
 from .adapters.checks import check_adapter, check_is_new, check_weights
 from .adapters.deep_start import find_deep_start
-from .adapters.names import from_saved_names, to_saved_names
+from .adapters.names import from_saved_names, naming, to_saved_names
+from .adapters.other_methods import activate, check_copies, has_other_methods, keeping_others_active
 from .adapters.removal import remove_adapters, undone_on_error
 from .adapters.requires_grad import keeping_requires_grad, requires_grad_by_name, restore_requires_grad
 from .adapters.tensor_parallel import check_tensor_parallel, start_alike
-from .adapters.vocabulary import allow_resizing, token_rows, train_token_rows
+from .adapters.vocabulary import allow_adapters_without_rows, allow_resizing, token_rows, train_token_rows
 from .adapters.weighted import check_combination, combine
 from .backbone import find_backbone
 from .config import PromptInit, PTuningConfig
-from .files.checkpoint import ENCODER_KEY, TOKENS_KEY, check_state, saved_name
+from .files.checkpoint import ENCODER_KEY, TOKENS_KEY, check_state
 from .forward import deep_decoder
 from .forward.deep import record_prompt, take_prompts
 from .forward.wrap import attach, why_in_row
 from .prompts.adapter import find_adapter, find_layer, find_stack
 from .prompts.choice import repeating
 from .prompts.deep import cast, without_batch
-from .prompts.layer import PTuningLayer, execution_device
+from .prompts.layer import NO_MERGE, PTuningLayer, execution_device
 from .prompts.prompt import States
 from .prompts.saved import load_prompt
 from .registration import PREFIX
@@ -68,8 +70,9 @@ class PTuningModel(BaseTuner):
     def __init__(self, model, peft_config, adapter_name, low_cpu_mem_usage=False, state_dict=None) -> None:
         if isinstance(model, PeftModel):
             raise ValueError(
-                "The model is a PeftModel already. Add a further adapter with `model.add_adapter(name, config)`, or "
-                "get the base model back with `model.unload()` first."
+                "The model is a PeftModel already. Add a further prompt with `model.add_adapter(name, config)`, or "
+                "get the base model back with `model.unload()` first. Beside adapters of another method, add the "
+                "prompt to the model inside: `get_peft_model(model.get_base_model(), config, adapter_name=...)`."
             )
         if adapter_name in getattr(model, "peft_config", {}):
             raise ValueError(
@@ -80,18 +83,21 @@ class PTuningModel(BaseTuner):
         # and its task type is a label only.
         self._is_in_peft_model = isinstance(peft_config, dict)
         super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict)
+        # Beside another method PEFT has the configs at the model only, and takes them away when it unloads that one.
+        self.peft_config = model.peft_config
         self.register_state_dict_post_hook(to_saved_names)
         self.register_load_state_dict_pre_hook(from_saved_names)
 
     def named_modules(
         self, memo: Optional[set[nn.Module]] = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Module]]:
-        """Modules under the names that they have in a model that is not compiled, as in `state_dict`.
+        """Modules under the names of [`~peft_ptuning_ext.adapters.names.naming`], as in `state_dict`.
 
         PEFT reads the keys of a file from these names. The file then fits a compiled model and a plain one.
         """
+        name_of, start = naming(self), f"{prefix}." if prefix else ""
         for name, module in super().named_modules(memo, prefix, remove_duplicate):
-            yield prefix + saved_name(name.removeprefix(prefix)), module
+            yield name if name == prefix else start + name_of(name.removeprefix(start)), module
 
     def prompt_embeddings(self, adapter_name: Optional[str] = None) -> torch.Tensor:
         """Returns the prompt that enters the model, whatever the encoder: shape (V, H), in the embedding's dtype.
@@ -182,13 +188,41 @@ class PTuningModel(BaseTuner):
         """
         find_stack(self.model).ptuning.states.drop()
 
+    def limit_kept_prompts(self, max_bytes: int) -> None:
+        """Sets how many bytes of keys and values are kept between calls; what was used longest ago goes first.
+
+        Args:
+            max_bytes (`int`): 1 GiB before this is called. 0 keeps none.
+
+        Raises:
+            ValueError: It is negative.
+        """
+        if max_bytes < 0:
+            raise ValueError(f"`max_bytes` must be at least 0, got {max_bytes}.")
+        find_stack(self.model).ptuning.states.limit(max_bytes)
+
     def delete_adapter(self, adapter_name: str) -> None:
-        super().delete_adapter(adapter_name)
+        if adapter_name in self.peft_config and not self._is_prompt(adapter_name):
+            prefix = PEFT_TYPE_TO_PREFIX_MAPPING[self.peft_config[adapter_name].peft_type]
+            delete_adapter(self.model, adapter_name, prefix)
+            del self.peft_config[adapter_name]
+            return
+        with keeping_others_active(self.model):
+            super().delete_adapter(adapter_name)
+        others = [name for name in self.peft_config if not self._is_prompt(name)]
+        self.active_adapter = self.active_adapter or others[:1]  # a PeftModel looks up the config of an active one
         find_stack(self.model).ptuning.states.drop(adapter_name)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        self._check_names([adapter_name] if isinstance(adapter_name, str) else list(adapter_name))
-        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        self._check_names(names)
+        prompts = [name for name in names if self._is_prompt(name)]
+        if len(prompts) < len(names):
+            activate(self.model, names, inference_mode)
+            self.active_adapter = prompts or names
+            return
+        with keeping_others_active(self.model):
+            super().set_adapter(adapter_name, inference_mode=inference_mode)
 
     def disable_adapter_layers(self) -> None:
         with keeping_requires_grad(self.model):
@@ -253,6 +287,7 @@ class PTuningModel(BaseTuner):
             check_is_new(model, adapter_name)
             with undone_on_error(model, adapter_name):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
+                allow_adapters_without_rows(model)
                 if self._token_indices is not None:
                     is_active = adapter_name in self.active_adapters
                     with keeping_requires_grad(model):
@@ -271,6 +306,7 @@ class PTuningModel(BaseTuner):
         model = self.model
         backbone = self._backbone = find_backbone(model)
         check_adapter(model, backbone, peft_config, self.peft_config, self._is_in_peft_model)
+        check_copies(model, peft_config)
         check_tensor_parallel(model, peft_config, self._token_indices is not None)
         rows = token_rows(model, backbone.embedding_path, self._token_indices, peft_config.modules_to_save or ())
         self._start, self._deep = None, None
@@ -326,6 +362,8 @@ class PTuningModel(BaseTuner):
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # PEFT's own leaves an encoder that is not upcast in the dtype that it was made in, which is not the base's.
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if not self._is_prompt(adapter_name):
+            return
         layer = self._layer()
         encoder = layer.ptuning_encoders[adapter_name]
         if autocast_adapter_dtype:
@@ -346,21 +384,27 @@ class PTuningModel(BaseTuner):
                 "`offload_folder`. Or call the model's own `model.load_adapter(folder)`."
             ) from error
 
+    def _is_prompt(self, adapter_name: str) -> bool:
+        """Whether an adapter is of this method, and not of another one on the same model."""
+        return isinstance(self.peft_config[adapter_name], PTuningConfig)
+
     def _check_merge_allowed(self) -> None:
-        raise ValueError(
-            "A prompt can't be merged: it is a part of the input and changes no weight of the base model. "
-            "`unload()` returns the base model without it. `peft_ptuning_ext.export_standalone` writes a model that "
-            "loads without PEFT, with the prompt as entries of its vocabulary."
-        )
+        if all(self._is_prompt(name) for name in self.peft_config):
+            raise ValueError(NO_MERGE)
 
     def _unload_and_optionally_merge(self, merge=True, progressbar=False, safe_merge=False, adapter_names=None):
         if merge:
-            self._check_merge_allowed()
-        remove_adapters(self.model, self.peft_config)
+            raise ValueError(f"{NO_MERGE} `merge_adapter()` merges the adapters of other methods beside it.")
+        prompts = [name for name in self.peft_config if self._is_prompt(name)]
+        remove_adapters(self.model, prompts)
         backbone = self.model.get_submodule(self._backbone.name)
         is_shared = any(isinstance(module, PTuningLayer) for module in backbone.modules())
         # Where another model has prompts on this backbone, it stays frozen for them.
         frozen = {p for name, p in backbone.named_parameters() if is_shared and ENCODER_KEY not in name}
+        if has_other_methods(self.model):  # their adapters stay, and the model frozen for them
+            for name in prompts:
+                del self.peft_config[name]
+            return self.model
         restore_requires_grad(self.model, self._requires_grad_before, frozen)
         vars(self.model).pop("_hf_peft_config_loaded", None)
         if hasattr(self.model, "peft_config"):

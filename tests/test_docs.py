@@ -93,6 +93,9 @@ assert more.shape[1] == first.sequences.shape[1] + 8
 assert [len(output.generated_tokens) for output in outputs.values()] == [8, 8]
 assert model.prompt_route == "shared"
 assert vectors.shape == (2, 32)
+torch.testing.assert_close(merged, together, rtol=1e-4, atol=1e-5)
+torch.testing.assert_close(again_both.eval()(**after[0]["batch"]).logits, together, rtol=1e-4, atol=1e-5)
+assert not torch.allclose(prompt_alone, together) and not torch.allclose(of_base, prompt_alone)
 
 inputs = tokenizer("Once", return_tensors="pt")
 expected = model(**inputs).logits
@@ -126,6 +129,8 @@ for message in (
     "`past_key_values` is deprecated",  # since transformers 5.24 its name is `cache`
     "Unable to fetch remote file",  # PEFT looks for the files of a folder on the Hub, too
     "Use 'content=<...>' to upload",  # huggingface_hub's own uploads
+    "You are trying to modify a model with PEFT for a second time",  # so it is
+    "Already found a `peft_config` attribute in the model",
 ):
     warnings.filterwarnings("ignore", message)
 path, blocks, check = json.load(sys.stdin)

@@ -65,6 +65,7 @@ PRIVATE_NAMES: dict[str, Callable[[], Any]] = {
     "_active_adapter": lambda: BaseTunerLayer,
     "_disable_adapters": lambda: BaseTunerLayer,
     "_move_adapter_to_device_of_base_layer": lambda: BaseTunerLayer,
+    "_get_available_adapters": lambda: BaseTunerLayer,
     "_adapters": lambda: ModulesToSaveWrapper(nn.Linear(1, 1), "default"),
     "_split_kwargs": lambda: PeftConfig,
     "_attn_implementation": PreTrainedConfig,

@@ -67,7 +67,7 @@ def undone_on_error(model: nn.Module, adapter_name: str) -> Iterator[None]:
     """Inside, an adapter is added. After an error it is removed, and those that were active before are again."""
     requires_grad = requires_grad_by_name(model)
     active = {
-        module: list(module.active_adapters)
+        module: module.active_adapter
         for module in model.modules()
         if isinstance(module, (PTuningLayer, AuxiliaryTrainingWrapper))
     }

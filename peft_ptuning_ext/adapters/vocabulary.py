@@ -135,10 +135,10 @@ def train_token_rows(
     config = SimpleNamespace(trainable_token_indices=indices, inference_mode=inference_mode, modules_to_save=None)
     with _without_tuner_layer(model):
         set_additional_trainable_modules(model, config, model_config, adapter_name, activate_adapter=is_active)
+    allow_adapters_without_rows(model)
     for name, module in model.named_modules():
         if not isinstance(module, TrainableTokensWrapper):
             continue
-        module.__class__ = TokenRowsWrapper
         if not is_active and adapter_name in module.active_adapters:  # PEFT activates what is tied
             module.set_adapter([])
         if getattr(module.original_module, "bias", None) is not None:
@@ -146,6 +146,13 @@ def train_token_rows(
                 f"`trainable_token_indices` trains rows of {name!r}, which has a bias, and PEFT's TrainableTokens "
                 "would leave the bias out. Untie it from the input embedding, or leave the field out."
             )
+
+
+def allow_adapters_without_rows(model: nn.Module) -> None:
+    """Lets adapters be saved and loaded that train no rows, on a model of which another adapter trains some."""
+    for module in model.modules():
+        if isinstance(module, TrainableTokensWrapper):
+            module.__class__ = TokenRowsWrapper
 
 
 class TokenRowsWrapper(TrainableTokensWrapper):

@@ -11,30 +11,28 @@ user's length.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Optional
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers import Cache, PreTrainedModel
 
 from ..backbone import is_adapted
+from ..prompts.adapter import layer_of
 from ..prompts.layer import PTuningLayer
 from ..prompts.prompt import Prompt, States
 from .attention import KEYWORD, InFront, Recording
 from .cache import note_prompt_beside, take_in
 from .call import Call, count_positions
+from .other_methods import is_of_another_method, settings_of
 from .seen import NotRecorded
 
 
-# For how many adapters of a model keys and values are stored; the oldest entry goes first.
-MAX_STORED = 16
-
-# Modules of adapters of other methods.
-STATEFUL = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+# How many bytes of keys and values are stored for the prompts of a model: those of 400 prompts of V = 20 on a
+# Llama 3 8B in bfloat16.
+MAX_BYTES = 2**30
 
 
 def run(forward: Callable, call: Call, prompt: Prompt) -> Any:
@@ -128,29 +126,52 @@ def checkpoints_reentrantly(stack: PreTrainedModel) -> bool:
     return False
 
 
-def with_states(stack: PreTrainedModel, forward: Callable, prompt: Prompt, front: Optional[Prompt] = None) -> Prompt:
-    """Returns the prompt with its keys and values: those stored, where no gradient is asked for, or new ones.
+def open_stored(stack: PreTrainedModel, device: torch.device) -> Optional[StoredStates]:
+    """What is stored for a backbone as it is now; `None` if nothing may be stored or taken from there."""
+    if torch.is_grad_enabled() or stack.training or torch.compiler.is_compiling():
+        return None
+    return stack.ptuning.states if stack.ptuning.states.check(stack, device) else None
+
+
+def with_states(
+    stack: PreTrainedModel,
+    forward: Callable,
+    prompts: Sequence[Prompt],
+    stored: Optional[StoredStates],
+    front: Optional[Prompt] = None,
+) -> list[Prompt]:
+    """Returns prompts with their keys and values: those stored, where no gradient is asked for, or new ones.
 
     Args:
         stack (`PreTrainedModel`): The backbone.
         forward (`Callable`): Its own `forward`.
-        prompt ([`Prompt`]): With its vectors, (1, V, H), in the dtype of the text's embeddings.
-        front ([`Prompt`], *optional*): A deep prompt that stands in front of it.
+        prompts (`Sequence[Prompt]`): With their vectors, (1, V, H), in the dtype of the text's embeddings.
+        stored ([`StoredStates`], *optional*): As of [`open_stored`].
+        front ([`Prompt`], *optional*): A deep prompt that stands in front of each.
 
     Raises:
         NotRecorded: The pass showed that the backbone does not call its attention exactly once per layer.
     """
-    vectors, stored = prompt.vectors, stack.ptuning.states
-    is_stored = not torch.is_grad_enabled() and not stack.training and not torch.compiler.is_compiling()
-    is_stored = is_stored and front is None
-    if is_stored and (states := stored.find(stack, prompt.names, vectors)) is not None:
-        return Prompt(prompt.names, prompt.length, states=states)
-    states = record(stack.config, forward, vectors, front)
-    if is_stored:
-        # Values come as transposed views. Each further call would read them out of order.
-        states = {layer: (key.contiguous(), value.contiguous()) for layer, (key, value) in states.items()}
-        stored.store(stack, prompt.names, vectors, states)
-    return Prompt(prompt.names, prompt.length, states=states)
+    layer, found = layer_of(stack), {}
+    for prompt in prompts:
+        if stored is not None and (states := stored.find(layer, prompt)) is not None:
+            found[prompt.names] = states
+    missing = [prompt for prompt in prompts if prompt.names not in found]
+    for length in sorted({prompt.length for prompt in missing}):  # those of one length in one pass
+        alike = [prompt for prompt in missing if prompt.length == length]
+        vectors = [prompt.vectors for prompt in alike]
+        states = record(stack.config, forward, vectors[0] if len(alike) == 1 else torch.cat(vectors), front)
+        if stored is not None:
+            # Values come as transposed views. Each further call would read them out of order.
+            states = {index: (key.contiguous(), value.contiguous()) for index, (key, value) in states.items()}
+        for row, prompt in enumerate(alike):
+            own = states
+            if len(alike) > 1:  # copies, so that one of them can be dropped
+                own = {i: tuple(state[row : row + 1].clone() for state in pair) for i, pair in states.items()}
+            found[prompt.names] = own
+            if stored is not None:
+                stored.store(layer, prompt, own)
+    return [Prompt(prompt.names, prompt.length, states=found[prompt.names]) for prompt in prompts]
 
 
 def record(config: Any, forward: Callable, vectors: torch.Tensor, front: Optional[Prompt] = None) -> States:
@@ -190,42 +211,65 @@ def check_recording(recording: Recording, config: Any, expected: Optional[int] =
 class StoredStates:
     """Keys and values of prompts, stored between calls that need no gradients, one entry for each prompt.
 
-    An entry is dropped when anything that it was made of is another: a tensor of the prompt or the backbone (by
-    identity, address and version counter), hooks, dtype, device, autocast; and when the prompt is trained. On a CPU
-    the prompt's values are compared, too, for which another device would have to be waited for. Writing through
-    `parameter.data` or to a plain attribute, such as the scale of an attention, leaves no other trace; `drop()` is for
-    that. Nothing is stored while a module of the backbone is in training mode, nor while adapters of other methods are
-    inside, whose state has no version.
+    All entries are dropped when anything of the backbone is another: a tensor (by identity, address and version
+    counter), which adapters of other methods act there and how much, hooks, dtype, device, autocast. An entry is
+    dropped when its prompt is another, and when it is trained. On a CPU the prompt's values are compared, too, for
+    which another device would have to be waited for. Writing through `parameter.data` or to a plain attribute, such as
+    the scale of an attention, leaves no other trace; `drop()` is for that. Nothing is stored while a module of the
+    backbone is in training mode, nor beside a layer of another method of which not all can be told.
+
+    Args:
+        max_bytes (`int`): How much is stored; what was used longest ago goes first.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, max_bytes: int = MAX_BYTES) -> None:
+        self.max_bytes = max_bytes
+        self._backbone: Optional[list[tuple]] = None
         self._entries: dict[tuple[str, ...], tuple[torch.Tensor, Any, States]] = {}
 
-    def find(self, stack: nn.Module, names: tuple[str, ...], vectors: torch.Tensor) -> Optional[States]:
-        """Returns the states of a prompt if they are still those of its `vectors`, (1, V, H)."""
-        entry = self._entries.get(names)
-        if entry is None:
-            return None
-        of_vectors, fingerprint, states = entry
-        is_same = of_vectors.shape == vectors.shape and of_vectors.dtype == vectors.dtype
-        if (
-            is_same
-            and of_vectors.device == vectors.device
-            and _is_same(fingerprint, _fingerprint(stack, names, vectors.device))
-            and (vectors.device.type != "cpu" or torch.equal(of_vectors, vectors))
-        ):
-            return states
-        self._entries.pop(names, None)
-        return None
+    def check(self, stack: nn.Module, device: torch.device) -> bool:
+        """Drops all entries if the backbone is not as it was; returns whether it can be told what it is."""
+        backbone = _fingerprint(stack, device)
+        if not _is_same(self._backbone, backbone):
+            self.drop()
+        self._backbone = backbone
+        return backbone is not None
 
-    def store(self, stack: nn.Module, names: tuple[str, ...], vectors: torch.Tensor, states: States) -> None:
-        """Stores the states that were computed from `vectors`, (1, V, H)."""
-        fingerprint = _fingerprint(stack, names, vectors.device)
-        if fingerprint is None:
+    def find(self, layer: PTuningLayer, prompt: Prompt) -> Optional[States]:
+        """Returns the states of a prompt if they are still those of its vectors, (1, V, H)."""
+        if (entry := self._entries.pop(prompt.names, None)) is None:
+            return None
+        (of_vectors, encoders, states), vectors = entry, prompt.vectors
+        is_same = (of_vectors.shape, of_vectors.dtype, of_vectors.device) == (
+            vectors.shape,
+            vectors.dtype,
+            vectors.device,
+        )
+        if not is_same or not _is_same(encoders, _fingerprint_of_prompt(layer, prompt.names)):
+            return None
+        if vectors.device.type == "cpu" and not torch.equal(of_vectors, vectors):
+            return None
+        self._entries[prompt.names] = entry  # behind all that were used longer ago
+        return states
+
+    def store(self, layer: PTuningLayer, prompt: Prompt, states: States) -> None:
+        """Stores the states that were computed from a prompt's vectors, (1, V, H)."""
+        encoders = _fingerprint_of_prompt(layer, prompt.names)
+        if encoders is None:
             return
-        self._entries[names] = vectors.clone(), fingerprint, states
-        for oldest in list(self._entries)[:-MAX_STORED]:
-            self._entries.pop(oldest, None)
+        self._entries[prompt.names] = prompt.vectors.clone(), encoders, states
+        self.limit(self.max_bytes)
+
+    def limit(self, max_bytes: int) -> None:
+        """Sets how much is stored, and drops what is above."""
+        self.max_bytes = max_bytes
+        sizes = {names: _bytes_of(states) for names, (_, _, states) in list(self._entries.items())}
+        total = sum(sizes.values())
+        for names, size in sizes.items():
+            if total <= max_bytes:
+                return
+            self._entries.pop(names, None)
+            total -= size
 
     def drop(self, adapter_name: Optional[str] = None) -> None:
         """Drops the entries that an adapter is part of, or all."""
@@ -237,35 +281,69 @@ class StoredStates:
         return len(self._entries)
 
     def __reduce__(self) -> tuple:
-        return StoredStates, ()  # copies and pickles of a model begin with none
+        return StoredStates, (self.max_bytes,)  # copies and pickles of a model begin with none
 
 
-def _fingerprint(stack: nn.Module, names: tuple[str, ...], device: torch.device) -> Optional[list[tuple]]:
-    """What the keys and values of a prompt depend on; `None` if not all of it can be told."""
+def _bytes_of(states: States) -> int:
+    return sum(state.nbytes for pair in states.values() for state in pair)
+
+
+def _fingerprint(stack: nn.Module, device: torch.device) -> Optional[list[tuple]]:
+    """What of a backbone the keys and values of its prompts depend on; `None` if not all of it can be told."""
     kind = device.type
     fingerprint: list[tuple] = []
-    hooks: list[int] = []  # their numbers, which no two hooks share
-    ours: set[nn.Module] = set()
-    others: set[nn.Module] = set()  # prompts of other adapters
-    for module in stack.modules():
-        if getattr(module, "_is_replica", False):
+    plain: list[Any] = []  # numbers of hooks, which no two hooks share, and settings of other methods
+    for module in _modules(stack):
+        if "_is_replica" in vars(module):
             return None  # of DataParallel: its weights are new at every call
         if isinstance(module, PTuningLayer):
-            ours = {module, *module.ptuning_encoders.modules()}
-            others = ours.difference(*(module.ptuning_encoders[name].modules() for name in names))
-        if module in others:
-            continue
-        if module not in ours and (isinstance(module, STATEFUL) or module.training):
-            return None  # state without a version; dropout, which is drawn anew
-        hooks += (*module._forward_pre_hooks, *module._forward_hooks)
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is None:
-                continue
-            if tensor.is_inference() or tensor.is_meta:
-                return None  # no version counter; values that are elsewhere
-            fingerprint.append((weakref.ref(tensor), tensor.data_ptr(), tensor._version))
+            plain.append(module.merges)
+        elif module.training:
+            return None  # dropout is drawn anew
+        elif is_of_another_method(module):
+            if (settings := settings_of(module)) is None:
+                return None
+            plain.append(settings)
+        if (tensors := _note(module, plain)) is None:
+            return None
+        fingerprint += tensors
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    return [(autocast, hooks), *fingerprint]
+    return [(autocast, plain), *fingerprint]
+
+
+def _fingerprint_of_prompt(layer: PTuningLayer, names: tuple[str, ...]) -> Optional[list[tuple]]:
+    """What a prompt is made of; `None` if not all of it can be told."""
+    fingerprint: list[tuple] = []
+    plain: list[Any] = []
+    for name in names:
+        for module in layer.ptuning_encoders[name].modules():
+            if (tensors := _note(module, plain)) is None:
+                return None
+            fingerprint += tensors
+    return [(None, plain), *fingerprint]
+
+
+def _modules(stack: nn.Module) -> Iterator[nn.Module]:
+    """The modules of a backbone without its prompts, of which there may be thousands."""
+    left = [stack]
+    while left:
+        module = left.pop()
+        yield module
+        is_layer = isinstance(module, PTuningLayer)
+        left += (child for name, child in module.named_children() if not (is_layer and name == "ptuning_encoders"))
+
+
+def _note(module: nn.Module, plain: list[Any]) -> Optional[list[tuple]]:
+    """A module's own tensors; the numbers of its hooks go to `plain`. `None` if the tensors can't be told."""
+    plain += (*module._forward_pre_hooks, *module._forward_hooks)
+    noted = []
+    for tensor in (*module._parameters.values(), *module._buffers.values()):
+        if tensor is None:
+            continue
+        if tensor.is_inference() or tensor.is_meta:
+            return None  # no version counter; values that are elsewhere
+        noted.append((weakref.ref(tensor), tensor.data_ptr(), tensor._version))
+    return noted
 
 
 def _is_same(one: Optional[list[tuple]], other: Optional[list[tuple]]) -> bool:

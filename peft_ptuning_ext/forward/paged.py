@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import functools
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Optional
 
 import torch
@@ -33,6 +33,7 @@ from ..prompts.layer import PTuningLayer
 from ..prompts.prompt import Prompt
 from .attention import adapt_attention
 from .deep import in_evaluation, record_prompt
+from .other_methods import state_of_others
 
 
 # The method of a model that all ways to continuous batching go through.
@@ -51,11 +52,13 @@ class Served:
         names (`tuple[str, ...]`): The adapters that were active; empty for the base model.
         prompt ([`Prompt`], *optional*): Their prompt, with its states.
         values (`tuple`): The tensors that the prompt was made of, as weak references, with their versions.
+        others (`list`): What the adapters of other methods did beside it.
     """
 
     names: tuple[str, ...]
     prompt: Optional[Prompt] = None
     values: tuple = ()
+    others: list = field(default_factory=list)
 
     def is_current(self, stack: Optional[nn.Module]) -> bool:
         """Whether a backbone has the same prompt in front now."""
@@ -63,6 +66,10 @@ class Served:
             return not self.names
         layer = layer_of(stack)
         return self.names == layer.prompt_names and self.values == _values(layer, self.names)
+
+    def takes_requests(self, stack: Optional[nn.Module]) -> bool:
+        """Whether a new request is answered as all are: with the same prompt, beside the same adapters of others."""
+        return self.is_current(stack) and (not self.names or self.others == state_of_others(stack))
 
     def check(self, stack: Optional[nn.Module]) -> None:
         """Refuses to go on once another adapter is active, or the values of the prompt were changed.
@@ -117,7 +124,7 @@ def init_continuous_batching(
     stack = find_stack(model)
     served = _served[stack] = _serve(stack)
     kept = getattr(model, "_cached_continuous_batching_manager", None)
-    if kept is not None and not getattr(kept, "ptuning_served", served).is_current(stack):
+    if kept is not None and not getattr(kept, "ptuning_served", served).takes_requests(stack):
         model.destroy_cached_continuous_batching_manager()
     config = continuous_batching_config or getattr(generation_config, "continuous_batching_config", None)
     config = copy.copy(config) if config is not None else ContinuousBatchingConfig()
@@ -151,6 +158,11 @@ def _add_request(manager: ContinuousBatchingManager, input_ids: list[int], *args
     """`manager.add_request`, behind a check of the adapter and of the length of the text."""
     stack, served = find_stack(manager.model), manager.ptuning_served
     served.check(stack)
+    if not served.takes_requests(stack):
+        raise ValueError(
+            f"This manager of continuous batching was made beside adapters of other methods which have changed since, "
+            f"and the prompt of adapter {served.names[0]!r} with them. Stop the manager, and make a new one."
+        )
     _check_length(stack, served, len(input_ids))
     return type(manager).add_request(manager, input_ids, *args, **kwargs)
 
@@ -210,7 +222,7 @@ def _serve(stack: PreTrainedModel) -> Served:
         index: (key.detach().contiguous(), value.detach().contiguous()) for index, (key, value) in states.items()
     }
     prompt = Prompt(names, prompt.length, states=states, taken=prompt.taken)
-    return Served(names, prompt, _values(layer, names))
+    return Served(names, prompt, _values(layer, names), state_of_others(stack))
 
 
 def _why_not(stack: PreTrainedModel, layer: PTuningLayer) -> Optional[str]:

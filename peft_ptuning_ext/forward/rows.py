@@ -53,7 +53,7 @@ def run(
     check_no_template(layer, of_rows)
     if why_in_row() is None and not one_pass.is_due(stack, call):
         try:
-            prompts = {each: _with_states(stack, forward, layer, each, dtype) for each in dict.fromkeys(of_rows)}
+            prompts = _with_states(stack, forward, layer, list(dict.fromkeys(of_rows)), dtype)
             joined = join(names, of_rows, prompts, call.tokens.device, call.backbone.counts_itself)
             return in_attention.run(forward, call, joined)
         except NotRecorded as reason:
@@ -124,16 +124,22 @@ def _part(
 
 
 def _with_states(
-    stack: PreTrainedModel, forward: Callable, layer: PTuningLayer, names: Names, dtype: torch.dtype
-) -> Optional[Prompt]:
-    """The prompt of some adapters with its keys and values: deep ones in front, then what the others become there."""
-    deep_names = tuple(name for name in names if layer.is_deep(name))
-    at_input = tuple(name for name in names if not layer.is_deep(name))
-    front = layer.make_deep_prompt(deep_names, dtype) if deep_names else None
-    if not at_input:
-        return front
-    behind = in_attention.with_states(stack, forward, layer.make_prompt(at_input, dtype), front)
-    return behind if front is None else _behind(names, front, behind)
+    stack: PreTrainedModel, forward: Callable, layer: PTuningLayer, chosen: Sequence[Names], dtype: torch.dtype
+) -> dict[Names, Optional[Prompt]]:
+    """The prompts of adapters with their keys and values: deep ones in front, then what the others become there."""
+    fronts = {each: tuple(name for name in each if layer.is_deep(name)) for each in chosen}
+    made = {each: layer.make_deep_prompt(front, dtype) if front else None for each, front in fronts.items()}
+    inputs = {each: tuple(name for name in each if not layer.is_deep(name)) for each in chosen}
+    plain = [layer.make_prompt(each, dtype) for each in chosen if each and inputs[each] == each]
+    if plain:
+        stored = in_attention.open_stored(stack, plain[0].vectors.device)
+        made |= {prompt.names: prompt for prompt in in_attention.with_states(stack, forward, plain, stored)}
+    for each in chosen:
+        if fronts[each] and inputs[each]:
+            behind = [layer.make_prompt(inputs[each], dtype)]
+            (prompt,) = in_attention.with_states(stack, forward, behind, None, made[each])
+            made[each] = _behind(each, made[each], prompt)
+    return made
 
 
 def _behind(names: Names, front: Prompt, behind: Prompt) -> Prompt:

@@ -96,7 +96,9 @@ def run(stack: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
     if why() is None:
         try:
             if not one_pass.is_due(stack, call):
-                return in_attention.run(forward, call, in_attention.with_states(stack, forward, prompt))
+                stored = in_attention.open_stored(stack, prompt.vectors.device)
+                (shared,) = in_attention.with_states(stack, forward, [prompt], stored)
+                return in_attention.run(forward, call, shared)
             if torch.is_grad_enabled():  # training may write through `.data`, which leaves no trace
                 for name in names:
                     attachment.states.drop(name)

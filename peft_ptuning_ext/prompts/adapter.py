@@ -81,8 +81,9 @@ def layer_of(stack: nn.Module) -> PTuningLayer:
     layer = operator.attrgetter(stack.ptuning.backbone.embedding)(stack)
     if not isinstance(layer, PTuningLayer):
         raise ValueError(
-            f"The input embedding of {type(stack).__name__} was replaced after the P-tuning adapter was added. "
-            "Resize or replace embeddings first and add the adapter then."
+            f"The input embedding of {type(stack).__name__} was replaced after the P-tuning adapter was added, by a "
+            f"{type(layer).__name__}. Put there what another method needs, and resize or replace embeddings, first. "
+            "Add the prompt then."
         )
     return layer
 

@@ -25,12 +25,25 @@ from .prompt import Prompt, States
 from .start import start_vectors
 
 
+# Why a prompt is not merged, and what there is instead.
+NO_MERGE = (
+    "A prompt can't be merged: it is a part of the input and changes no weight of the base model. "
+    "`unload()` returns the base model without it. `peft_ptuning_ext.export_standalone` writes a model that "
+    "loads without PEFT, with the prompt as entries of its vocabulary."
+)
+
+
 class PTuningLayer(nn.Module, BaseTunerLayer):
     """Passes token ids through to the wrapped embedding, and holds one prompt encoder for each adapter.
 
     Args:
         base_layer (`nn.Module`): The model's input embedding, ids (B, S) → (B, S, H).
         embed_scale (`float`): What the model multiplies its output by.
+
+    Attributes:
+        merges (`int`):
+            How often adapters of other methods were merged or unmerged. PEFT writes to weights through `data` then,
+            which leaves no trace in them.
     """
 
     adapter_layer_names = ("ptuning_encoders",)
@@ -41,7 +54,22 @@ class PTuningLayer(nn.Module, BaseTunerLayer):
         self.embed_scale = embed_scale
         self.ptuning_encoders = nn.ModuleDict()
         self._active_adapter = []
+        self._told: list[str] = []
         self.merged_adapters = []
+        self.merges = 0
+
+    @property
+    def active_adapter(self) -> list[str]:
+        """All adapters that were made active together, of other methods, too.
+
+        transformers asks the first tuner layer of a model, which this one often is, for the active adapters of all.
+        """
+        return self._told
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The prompts that are active."""
+        return self._active_adapter
 
     def get_base_layer(self) -> nn.Module:
         """Returns the embedding itself, below adapters of other methods and PEFT's wrapper for trained rows."""
@@ -150,9 +178,20 @@ class PTuningLayer(nn.Module, BaseTunerLayer):
             self._disable_adapters = was_disabled
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        told = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         # Other methods may have adapters on the model too, and all of them are told the names of all.
-        names = [name for name in names if name in self.ptuning_encoders]
+        names = [name for name in told if name in self.ptuning_encoders]
+        self.check_together(names)
+        super().set_adapter(names, inference_mode=inference_mode)
+        self._told = told
+        self._freeze_constants()
+
+    def check_together(self, names: Sequence[str]) -> None:
+        """Refuses adapters by name that can't be active together.
+
+        Raises:
+            ValueError: One is there twice, or has a template.
+        """
         if len(set(names)) < len(names):
             raise ValueError(f"An adapter can be active once, got {names}.")
         placed = [name for name in names if self.ptuning_encoders[name].placeholder_id is not None]
@@ -161,8 +200,6 @@ class PTuningLayer(nn.Module, BaseTunerLayer):
                 f"Adapter {placed[0]!r} has a prompt template, which says where its prompt stands. It can't be active "
                 f"together with others, got {names}."
             )
-        super().set_adapter(names, inference_mode=inference_mode)
-        self._freeze_constants()
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         super().set_requires_grad(adapter_names, requires_grad=requires_grad)
@@ -175,6 +212,39 @@ class PTuningLayer(nn.Module, BaseTunerLayer):
         was disabled and enabled.
         """
         self._disable_adapters = not enabled
+
+    def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
+        """Merges nothing: PEFT calls it on every tuner layer, to merge those of other methods underneath a prompt.
+
+        Raises:
+            ValueError: The prompt itself is to be merged.
+        """
+        if any(name in self.ptuning_encoders for name in adapter_names or ()):
+            raise ValueError(NO_MERGE)
+        self.merges += 1
+
+    def unmerge(self) -> None:
+        """Takes nothing back, as [`merge`] has merged nothing."""
+        self.merges += 1
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: Optional[list[str]]
+    ) -> PTuningLayer:
+        """Removes, and perhaps merges, what another method has inside this layer, and stays itself.
+
+        PEFT calls this when the adapters of another method are unloaded.
+        """
+        while isinstance(self.base_layer, BaseTunerLayer):
+            if merge:
+                self.base_layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            self.base_layer = self.base_layer.base_layer
+        self.merges += 1
+        return self
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        others = [name for name in self._told if name != adapter_name and name not in self.ptuning_encoders]
+        super().delete_adapter(adapter_name)
+        self._told = [*others, *self._active_adapter]
 
     def _freeze_constants(self) -> None:
         """PEFT makes all parameters of an encoder trainable, and an encoder's constants never are."""

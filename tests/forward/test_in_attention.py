@@ -19,7 +19,6 @@ from torch.nn.attention.bias import CausalBias
 from transformers import DynamicCache, StaticCache
 
 from peft_ptuning_ext.forward import attention, back_ends
-from peft_ptuning_ext.forward.in_attention import MAX_STORED
 from peft_ptuning_ext.prompts.prompt import Prompt
 
 
@@ -191,18 +190,6 @@ def test_autocast_and_plain_calls_do_not_share_what_is_kept() -> None:
 
 
 @torch.no_grad()
-def test_nothing_is_kept_beside_adapters_whose_state_has_no_version() -> None:
-    model, batch = make_adapted(), make_batch("Llama", "CAUSAL_LM")
-    add_lora(model)
-    with_lora = model(**batch).logits
-    assert kept(model) == 0
-    stack_of(model).layers[0].self_attn.v_proj.enable_adapters(False)
-    stack_of(model).layers[1].self_attn.v_proj.enable_adapters(False)
-    assert not torch.allclose(model(**batch).logits, with_lora)
-    torch.testing.assert_close(model(**batch).logits, make_adapted()(**batch).logits, rtol=0, atol=1e-5)
-
-
-@torch.no_grad()
 def test_adapters_have_their_own_and_take_it_with_them() -> None:
     model, batch = make_adapted(), make_batch("Llama", "CAUSAL_LM")
     model.add_adapter("other", make_config("CAUSAL_LM", V + 2))
@@ -220,11 +207,49 @@ def test_adapters_have_their_own_and_take_it_with_them() -> None:
     model.add_adapter("default", make_config("CAUSAL_LM"))
     model.set_adapter("default")
     assert not torch.allclose(model(**batch).logits, outputs["default"])
-    for number in range(MAX_STORED):
-        model.add_adapter(f"{number}", make_config("CAUSAL_LM", 2))
-        model.set_adapter(f"{number}")
-        model(**batch)
-    assert kept(model) == MAX_STORED
+
+
+@torch.no_grad()
+def test_what_was_used_longest_ago_goes_first() -> None:
+    model, batch = make_adapted(), make_batch("Llama", "CAUSAL_LM", (S,))
+    for name in ("second", "third"):
+        model.add_adapter(name, make_config("CAUSAL_LM"))
+    stored = stack_of(model).ptuning.states
+
+    def use(*names: str) -> list:
+        for name in names:
+            model(**batch, adapter_names=[name])
+        return [name for (name,) in stored._entries]
+
+    assert use("default", "second", "third", "default") == ["second", "third", "default"]
+    (_, _, states), *_ = stored._entries.values()
+    size = sum(state.nbytes for pair in states.values() for state in pair)
+    model.limit_kept_prompts(2 * size)
+    assert [name for (name,) in stored._entries] == ["third", "default"]
+    assert use("second") == ["default", "second"]
+    assert copy.deepcopy(stored).max_bytes == 2 * size
+    model.limit_kept_prompts(2 * size - 1)
+    assert use("third") == ["third"]
+    model.limit_kept_prompts(0)
+    assert use("third") == []
+    with pytest.raises(ValueError, match="at least 0, got -1"):
+        model.limit_kept_prompts(-1)
+
+
+@torch.no_grad()
+def test_the_prompts_of_a_batch_are_computed_in_one_pass_for_each_length() -> None:
+    model, batch = make_adapted(), make_batch("Llama", "CAUSAL_LM", (S,) * 4)
+    for name, length in (("second", V), ("third", V + 1)):
+        model.add_adapter(name, make_config("CAUSAL_LM", length))
+    rows, shapes = ["default", "second", "third", "second"], []
+    layer = stack_of(model).layers[0]
+    handle = layer.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape[:2])))
+    expected = model(**batch, adapter_names=rows).logits
+    assert shapes == [(2, V), (1, V + 1), (4, S)]
+    shapes.clear()
+    assert torch.equal(model(**batch, adapter_names=rows).logits, expected)
+    assert shapes == [(4, S)]
+    handle.remove()
 
 
 def test_inference_mode_leaves_nothing_that_training_could_trip_over() -> None:

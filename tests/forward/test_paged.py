@@ -13,7 +13,7 @@ import pytest
 import torch
 from families import DECODERS, make_model
 from making import make_adapted, make_config
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 from transformers.generation.continuous_batching import PagedAttentionCache
 
@@ -207,6 +207,46 @@ def test_a_manager_that_is_kept_serves_the_prompt_that_it_was_made_for() -> None
         assert of_base != trained
     assert answer()[1] == trained
     model.get_base_model().destroy_cached_continuous_batching_manager()
+
+
+def beside_lora() -> PeftModel:
+    config, base = LoraConfig(target_modules=["v_proj"], init_lora_weights=False), make_model("Llama", "CAUSAL_LM")
+    inject_adapter_in_model(config, base, "style")
+    model = get_peft_model(base, make_config("CAUSAL_LM")).eval()
+    vary(model)
+    return model
+
+
+def disable_lora(model: PeftModel) -> None:
+    for module in model.modules():
+        if hasattr(module, "lora_A"):
+            module.enable_adapters(False)
+
+
+def train_lora(model: PeftModel) -> None:
+    with torch.no_grad():
+        next(p for name, p in model.named_parameters() if "lora_B" in name).mul_(3)
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute in the model")
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")
+@pytest.mark.parametrize("change", [disable_lora, train_lora, lambda model: model.merge_adapter()])
+def test_a_manager_serves_a_prompt_beside_the_lora_that_it_was_made_for(change) -> None:
+    model = beside_lora()
+    before = together(model, persistent_manager=True)
+    manager = model.get_base_model()._cached_continuous_batching_manager
+    assert before == alone(model) == together(model, persistent_manager=True)
+    assert model.get_base_model()._cached_continuous_batching_manager is manager
+    change(model)
+    assert together(model, persistent_manager=True) == alone(model)
+    assert model.get_base_model()._cached_continuous_batching_manager is not manager
+    model.get_base_model().destroy_cached_continuous_batching_manager()
+
+    model = beside_lora()
+    with serving(model) as manager:
+        change(model)
+        with pytest.raises(ValueError, match="beside adapters of other methods which have changed since"):
+            manager.add_request(TEXTS[0])
 
 
 CHANGES = {
