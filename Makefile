@@ -4,7 +4,7 @@ BIN = $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup quickstart test test-newest test-oldest quality style
+.PHONY: setup quickstart quickstart-generate test test-newest test-oldest quality style
 
 setup: $(VENV)/.ready-test
 
@@ -18,6 +18,15 @@ $(VENV)/.ready-recipes $(VENV)/.ready-test: pyproject.toml constraints.txt
 quickstart: $(VENV)/.ready-recipes
 	$(BIN)/python recipes/text_classification.py
 	$(BIN)/python recipes/classify.py outputs/text_classification
+
+RESTAURANTS = recipes/data/restaurants
+quickstart-generate: setup
+	$(BIN)/python recipes/causal_lm.py --train_file $(RESTAURANTS)/train.jsonl \
+		--validation_file $(RESTAURANTS)/validation.jsonl --test_file $(RESTAURANTS)/test.jsonl \
+		--num_train_epochs 2 --output_dir outputs/restaurants
+	$(BIN)/python recipes/generate.py outputs/restaurants \
+		"name: The Red Fox, food: Thai, area: harbour, price: low, rating: 4/5, children: yes" \
+		"name: The Old Oak, food: French, area: old town, price: high" --export outputs/restaurants_served
 
 test: setup quality
 	$(BIN)/python -m pytest -n logical

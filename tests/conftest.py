@@ -15,6 +15,8 @@ import torch
 from packaging.version import Version
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
+from peft_ptuning_ext.forward import one_pass
+
 
 torch.set_num_threads(1)  # the models are tiny, and the suite runs one process per core
 
@@ -39,10 +41,13 @@ def _is_about_peft(error: Optional[BaseException]) -> bool:
     return error is not None and ("version of PEFT" in str(error) or _is_about_peft(error.__context__))
 
 
-@pytest.fixture(autouse=True)
-def _as_on_wide_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the narrow models of the tests a prompt in each row is the cheaper way to train."""
-    monkeypatch.setattr("peft_ptuning_ext.forward.one_pass.OVERHEAD", 0)
+@pytest.fixture(autouse=True, scope="session")
+def _as_on_wide_models() -> None:
+    """On the narrow models of the tests a prompt in each row is the cheaper way to train.
+
+    For the whole session, because a run that several tests of a file look at begins before the first of them.
+    """
+    one_pass.OVERHEAD = 0
 
 
 @pytest.fixture(autouse=True)

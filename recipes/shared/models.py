@@ -10,6 +10,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from shared.language_model import public_name
+
 
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
@@ -54,6 +56,7 @@ def load_tokenizer(name: str, config: PretrainedConfig, **options) -> PreTrained
         ValueError: The tokenizer has neither a padding nor an end token.
     """
     tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    tokenizer.name_or_path = public_name(name)  # goes into the config of an adapter that starts from a text
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ValueError(f"The tokenizer of {name} needs a padding or an end token to fill up short texts.")

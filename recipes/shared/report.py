@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, Trainer
 
 from peft_ptuning_ext import make_model_card
 from shared.arguments import DataArguments, MethodArguments
+from shared.language_model import public_name
 from shared.methods import count_parameters
 
 
@@ -82,6 +83,7 @@ def write_run(
     repository: Repository | None = None,
 ) -> None:
     """Writes all that describes a run beside the saved model, pushes the folder if asked to, and prints one metric."""
+    name_base_model(folder, model)
     results = write_metrics(folder, model, history, outcome)
     plot_curves(results["history"], folder)
     if outcome.confusion is not None:
@@ -104,6 +106,20 @@ def write_run(
     form = ".1%" if outcome.is_share else ".1f"
     before = "not measured" if before is None else format(before, form)
     print(f"{outcome.metric} before training {before}, after {after:{form}}\nwritten to {folder}")
+
+
+def name_base_model(folder: Path, model: PreTrainedModel | PeftModel) -> None:
+    """Makes a saved adapter name its base model as the Hub does, where the model was converted on this machine.
+
+    This is done last. PEFT asks the Hub about the name whenever it saves an adapter, and recipes need no network.
+    """
+    model.config._name_or_path = name = public_name(model.config._name_or_path)
+    for config in getattr(model, "peft_config", {}).values():
+        if name != config.base_model_name_or_path:
+            config.base_model_name_or_path = name
+            file = folder / "adapter_config.json"
+            saved = json.loads(file.read_text(encoding="utf-8")) | {"base_model_name_or_path": name}
+            file.write_text(json.dumps(saved, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def write_metrics(folder: Path, model: PreTrainedModel | PeftModel, history: list[dict], outcome: Outcome) -> dict:

@@ -1,26 +1,22 @@
 # SPDX-FileCopyrightText: 2026 The peft_ptuning_ext authors
 # SPDX-License-Identifier: Apache-2.0
-"""The default models of the recipes that generate: toys, which the first run pre-trains on the spot.
+"""Toys that a run pre-trains on the spot: the default model of seq2seq.py, and the models of tests.
 
 A decoder (Llama) and an encoder-decoder (T5) of about half a million parameters, pre-trained in a minute or two on the
-texts of small_language.py. They are cached in `~/.cache/peft_ptuning_ext`, or in `$XDG_CACHE_HOME/peft_ptuning_ext` if
-that is set. A folder's name depends on the content of these two files: after a change, models are trained again.
+texts of small_language.py, and cached (cache.py). A folder's name depends on the content of this file and of
+small_language.py: after a change, models are trained again.
 """
 
 import hashlib
 import itertools
 import json
-import os
 import random
-import shutil
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
-from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -35,6 +31,7 @@ from transformers import (
 )
 
 from shared import small_language
+from shared.cache import make_once
 
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
@@ -55,26 +52,19 @@ class Pretraining:
     seed: int = 0
 
 
-CAUSAL_LM = Pretraining("causal_lm")
 SEQ2SEQ = Pretraining("seq2seq", layers=2, steps=900)
 
 
 def find_small_model(settings: Pretraining) -> str:
     """Returns the folder of the small model. The first call pre-trains it, and other processes wait for that."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peft_ptuning_ext"
     sources = b"".join(Path(file).read_bytes() for file in (__file__, small_language.__file__))
     key = hashlib.sha256(sources + repr(settings).encode()).hexdigest()[:12]
-    folder = root / f"small_{settings.architecture}_{key}"
-    root.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):  # the system frees this lock if the process is killed
-        if not folder.is_dir():
-            draft = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=root))
-            try:
-                with torch.random.fork_rng(devices=[]):
-                    _pretrain(settings, draft)
-                draft.rename(folder)
-            finally:
-                shutil.rmtree(draft, ignore_errors=True)
+
+    def pretrain(folder: Path) -> None:
+        with torch.random.fork_rng(devices=[]):
+            _pretrain(settings, folder)
+
+    folder = make_once(f"small_{settings.architecture}_{key}", pretrain)
     print(f"{json.loads((folder / 'pretraining.json').read_text())['description']} It is cached in {folder}.")
     return str(folder)
 
