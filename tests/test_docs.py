@@ -251,6 +251,8 @@ def test_the_measurements_are_those_in_the_results() -> None:
         assert f"| {' | '.join(medians)} |" in text
     compared = [*results("compare*/compare.md"), *results("compare/ablation.md")]
     assert len(compared) == 4
+    compared += (many := results("many*/many.md"))
+    assert len(many) == 2
     assert all(read(path).strip() in text for path in compared)
 
 

@@ -26,7 +26,7 @@ from ..prompts.prompt import Prompt, by_row
 
 # Up to so many rows times V, on a CPU, a step takes no longer with the prompt in each row of the cache. Above, reading
 # the prompt once for all rows is faster.
-FEW = 256
+FEW = 512
 
 
 class CacheWithPrompt:
