@@ -99,7 +99,7 @@ def _head_of(wrapper: ModulesToSaveWrapper, names: Names) -> nn.Module:
 def _apply_heads(wrapper: ModulesToSaveWrapper, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
     """Forward hook of a head: the outputs of each row's own, (B, …), in place of those of the active adapter's."""
     rows = chosen_rows(wrapper)
-    if rows is None:
+    if rows is None or wrapper.disable_adapters:
         return None
     inputs, *others = args
     of_rows = rows.of_batch(type(wrapper.original_module).__name__, len(inputs))

@@ -66,9 +66,10 @@ def run(
     if vectors is None:
         return run_deep(**call.given)
     if call.cache is not None:
+        reason = why_in_row() or "gradients are asked for"
         raise ValueError(
             f"{call.stack} got a cache, and it can't go on behind a prompt in every layer and one at the input at "
-            f"once, because the second stands in the row here: {why_in_row()}. Leave the cache out."
+            f"once, because the second stands in the row here: {reason}. Leave the cache out."
         )
     if call.backbone.is_rotary and not call.backbone.is_causal and call.given_positions is None:
         positions = in_attention.text_positions(call, call.plain_mask, states)

@@ -158,11 +158,16 @@ class PTuningLayer(nn.Module, BaseTunerLayer):
         """Returns the name of an adapter that is there: the given one, or the active one.
 
         Raises:
-            ValueError: There is no adapter of this name, or none is active.
+            ValueError: There is no adapter of this name, none is active, or several are.
         """
         if adapter_name is None:
             if not self.active_adapters:
                 raise ValueError(f"No adapter is active. Name one of {list(self.ptuning_encoders)}.")
+            if len(self.active_adapters) > 1:
+                raise ValueError(
+                    f"The adapters {list(self.active_adapters)} are active together. Name one of them, or make one of "
+                    "both: `model.add_weighted_adapter(..., combination_type='cat')`."
+                )
             return self.active_adapters[0]
         if adapter_name not in self.ptuning_encoders:
             raise ValueError(f"There is no adapter {adapter_name!r}, only {list(self.ptuning_encoders)}.")

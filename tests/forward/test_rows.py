@@ -17,7 +17,7 @@ from reference import POOLED, S, V, main_output, make_batch
 from releases import CACHE, CHECKPOINTING
 from transformers import DynamicCache, StaticCache
 
-from peft_ptuning_ext import use_adapters
+from peft_ptuning_ext import export_to_peft, use_adapters
 from peft_ptuning_ext.forward.attention import register
 
 
@@ -449,3 +449,29 @@ def test_what_can_not_be_composed_is_refused() -> None:
     with pytest.raises(ValueError, match="can be active once"):
         model.base_model.set_adapter(["long", "long"])
     assert model.base_model.active_adapters == ["default"]
+
+
+def test_several_active_prompts_are_not_taken_for_one(tmp_path) -> None:
+    model = make_many("Llama", "CAUSAL_LM", ["long", "other"])
+    model.base_model.set_adapter(["long", "other"])
+    for call in (model.base_model.prompt_embeddings, lambda: export_to_peft(model, tmp_path / "new")):
+        with pytest.raises(ValueError, match=r"\['long', 'other'\] are active together. Name one"):
+            call()
+    assert not (tmp_path / "new").exists()
+    assert len(model.base_model.prompt_embeddings("long")) == V + 4
+
+
+def test_heads_of_rows_are_disabled_with_their_prompts() -> None:
+    model = make_many("BERT", "SEQ_CLS", ["other"])
+    batch = make_batch("BERT", "SEQ_CLS", (S, S))
+    with model.disable_adapter():
+        expected = model(**batch).logits
+        with use_adapters(model, ["default", "other"]):
+            torch.testing.assert_close(model(**batch).logits, expected, rtol=0, atol=0)
+
+
+def test_a_cache_behind_both_depths_with_gradients_is_refused() -> None:
+    model = make_many("Llama", "CAUSAL_LM", ["long", "deep"])
+    model.base_model.set_adapter(["long", "deep"])
+    with pytest.raises(ValueError, match="got a cache.*: gradients are asked for. Leave the cache out"):
+        model(input_ids=torch.arange(5, 12)[None], **{CACHE: DynamicCache()})
