@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import copy
 import enum
 import os
 import warnings
@@ -211,6 +212,20 @@ class PTuningConfig(PeftConfig):
     def is_deep(self) -> bool:
         """Whether the prompt stands in every layer."""
         return self.prompt_depth is PromptDepth.DEEP
+
+    def of_plain_prompt(self) -> PTuningConfig:
+        """A copy for a prompt whose numbers are known: without a network, and without dropout inside of one."""
+        config = copy.copy(self)  # other adapters may have the same config
+        config.encoder_reparameterization_type = PromptEncoderType.NONE
+        config.encoder_hidden_size = config.encoder_num_layers = None
+        config.encoder_dropout = self.encoder_dropout if self.is_deep else 0.0
+        return config
+
+    def forget_start(self) -> None:
+        """Leaves out where the prompt once started, which says nothing about what it has become."""
+        self.prompt_tuning_init, self._tokenizer = PromptTuningInit.RANDOM, None
+        for name in INIT_FIELDS:
+            setattr(self, name, None)
 
     def _resolve_template(self) -> None:
         template = self.prompt_template

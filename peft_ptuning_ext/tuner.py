@@ -20,7 +20,7 @@ from .adapters.by_row import choose_adapters, may_repeat
 from .adapters.checks import check_adapter, check_is_new, check_weights
 from .adapters.deep_start import find_deep_start
 from .adapters.names import from_saved_names, naming, to_saved_names
-from .adapters.other_methods import activate, check_copies, has_other_methods, keeping_others_active
+from .adapters.other_methods import activate, check_copies, check_together, has_other_methods, keeping_others_active
 from .adapters.removal import remove_adapters, undone_on_error
 from .adapters.requires_grad import keeping_requires_grad, requires_grad_by_name, restore_requires_grad
 from .adapters.tensor_parallel import check_tensor_parallel, start_alike
@@ -221,6 +221,7 @@ class PTuningModel(BaseTuner):
             activate(self.model, names, inference_mode)
             self.active_adapter = prompts or names
             return
+        check_together(self.model, names)
         with keeping_others_active(self.model):
             super().set_adapter(adapter_name, inference_mode=inference_mode)
 

@@ -97,7 +97,11 @@ def _head_of(wrapper: ModulesToSaveWrapper, names: Names) -> nn.Module:
 
 
 def _apply_heads(wrapper: ModulesToSaveWrapper, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-    """Forward hook of a head: the outputs of each row's own, (B, …), in place of those of the active adapter's."""
+    """Forward hook of a head: the outputs of each row's own, (B, …), in place of those of the active adapter's.
+
+    PEFT's wrapper takes `adapter_names` too, but only around a single linear layer. The heads of RoBERTa and others
+    are made of several.
+    """
     rows = chosen_rows(wrapper)
     if rows is None or wrapper.disable_adapters:
         return None

@@ -63,6 +63,24 @@ def activate(model: nn.Module, names: Sequence[str], inference_mode: bool = Fals
     Raises:
         ValueError: Two of them can't be active together, or train the same module in full.
     """
+    for module, found in check_together(model, names).items():
+        if module.merged_adapters and set(module.merged_adapters) != set(found):
+            message = f"Adapters {module.merged_adapters} are merged. They are unmerged to make others active."
+            warnings.warn(message, stacklevel=3)
+            module.unmerge()
+        module.set_adapter(list(names) if isinstance(module, PTuningLayer) else found, inference_mode=inference_mode)
+
+
+def check_together(model: nn.Module, names: Sequence[str]) -> dict[nn.Module, list[str]]:
+    """Refuses adapters that can't be active together; returns which of them each module has.
+
+    Args:
+        model (`nn.Module`): The model with the adapters.
+        names (`Sequence[str]`): Which of them.
+
+    Raises:
+        ValueError: Two of them train the same module in full, one is there twice, or has a template beside others.
+    """
     modules = [module for module in model.modules() if isinstance(module, KINDS)]
     own = {module: [name for name in names if name in module._get_available_adapters()] for module in modules}
     for module, found in own.items():
@@ -72,12 +90,7 @@ def activate(model: nn.Module, names: Sequence[str], inference_mode: bool = Fals
             raise ValueError(
                 f"Adapters {found} each have a copy of the same {type(module.original_module).__name__}. {ONE_COPY}"
             )
-    for module, found in own.items():
-        if module.merged_adapters and set(module.merged_adapters) != set(found):
-            message = f"Adapters {module.merged_adapters} are merged. They are unmerged to make others active."
-            warnings.warn(message, stacklevel=3)
-            module.unmerge()
-        module.set_adapter(list(names) if isinstance(module, PTuningLayer) else found, inference_mode=inference_mode)
+    return own
 
 
 @contextmanager

@@ -4,13 +4,11 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 
 import torch
-from peft import PromptTuningInit
 
-from ..config import INIT_FIELDS, PromptEncoderType, PTuningConfig
+from ..config import PTuningConfig
 from ..prompts.adapter import Adapter
 from ..prompts.prompt import States
 
@@ -62,13 +60,8 @@ def combine(
     adapters: Sequence[Adapter], weights: Sequence[float], combination_type: str
 ) -> tuple[PTuningConfig, torch.Tensor | States]:
     """The config of the new adapter, which has no network, and its vectors (V, H) or keys and values by layer."""
-    config = copy.copy(adapters[0].config)
-    config.encoder_reparameterization_type = PromptEncoderType.NONE
-    config.encoder_hidden_size = config.encoder_num_layers = None
-    config.encoder_dropout = config.encoder_dropout if config.is_deep else 0.0
-    config.prompt_tuning_init, config._tokenizer = PromptTuningInit.RANDOM, None
-    for name in INIT_FIELDS:
-        setattr(config, name, None)
+    config = adapters[0].config.of_plain_prompt()
+    config.forget_start()
     if combination_type == "cat":
         config.num_virtual_tokens = sum(adapter.config.num_virtual_tokens for adapter in adapters)
 

@@ -4,15 +4,13 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Optional
 
 import torch
-from peft import PromptTuningInit
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..config import INIT_FIELDS, PromptDepth, PromptEncoderType, PTuningConfig
+from ..config import PromptDepth, PTuningConfig
 from ..forward.deep import record_prompt, take_prompts
 from ..prompts.adapter import Adapter, find_adapter, find_stack
 from ..prompts.build import build_encoder
@@ -39,12 +37,8 @@ def fold_prompt(model: nn.Module, adapter_name: Optional[str] = None) -> None:
     adapter = find_adapter(model, adapter_name)
     if type(adapter.layer.ptuning_encoders[adapter.name]) in (PromptEncoder, DeepPromptEncoder):
         return
-    config = _without_network(adapter.config)
-    if adapter.is_deep:
-        _replace_encoder(model, adapter, config, adapter.states())
-    else:
-        config.encoder_dropout = 0.0
-        _replace_encoder(model, adapter, config, adapter.prompt())
+    prompt = adapter.states() if adapter.is_deep else adapter.prompt()
+    _replace_encoder(model, adapter, adapter.config.of_plain_prompt(), prompt)
 
 
 def unfold_prompt(model: nn.Module, adapter_name: Optional[str] = None) -> None:
@@ -75,21 +69,11 @@ def unfold_prompt(model: nn.Module, adapter_name: Optional[str] = None) -> None:
         )
     stack, layer = find_stack(model), adapter.layer
     states, modules = record_prompt(stack, adapter.prompt().to(layer.dtype or stack.dtype))
-    config = _without_network(adapter.config)
-    config.prompt_depth, config.shift_positions, config.encoder_dropout = PromptDepth.DEEP, True, 0.0
-    # Where the vectors once started says nothing about keys and values.
-    config.prompt_tuning_init, config._tokenizer = PromptTuningInit.RANDOM, None
-    for name in INIT_FIELDS:
-        setattr(config, name, None)
+    config = adapter.config.of_plain_prompt()
+    config.prompt_depth, config.shift_positions = PromptDepth.DEEP, True
+    config.forget_start()
     take_prompts(stack, stack.ptuning.backbone, modules)
     _replace_encoder(model, adapter, config, states)
-
-
-def _without_network(config: PTuningConfig) -> PTuningConfig:
-    config = copy.copy(config)  # other adapters may have the same config
-    config.encoder_reparameterization_type = PromptEncoderType.NONE
-    config.encoder_hidden_size = config.encoder_num_layers = None
-    return config
 
 
 def _replace_encoder(model: nn.Module, adapter: Adapter, config: PTuningConfig, prompt: torch.Tensor | States) -> None:

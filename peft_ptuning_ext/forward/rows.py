@@ -79,7 +79,14 @@ def run(
     return _run_in_row(stack, run_deep, call, layer, vectors, why_in_row)
 
 
-def _run_in_row(stack, forward, call, layer, prompt: Prompt, why_in_row) -> Any:
+def _run_in_row(
+    stack: nn.Module,
+    forward: Callable,
+    call: Call,
+    layer: PTuningLayer,
+    prompt: Prompt,
+    why_in_row: Callable[[], Optional[str]],
+) -> Any:
     if prompt.lengths is not None:
         in_row.check_positions(call)
     embeds = call.tokens if call.is_embedded else layer.embed(call.tokens)
@@ -175,7 +182,8 @@ def join(
     made = {each: prompt for each, prompt in prompts.items() if prompt is not None}
     length = max(prompt.length for prompt in made.values())
     order = list(prompts)
-    index = [order.index(each) for each in of_rows]
+    index = torch.tensor([order.index(each) for each in of_rows], device=device)
+    is_in_order = list(of_rows) == order
     some = next(iter(made.values()))
     if any((prompt.states or {}).keys() != (some.states or {}).keys() for prompt in made.values()):
         raise ValueError("`adapter_names` has prompts in the encoder and prompts in the decoder in one batch.")
@@ -184,7 +192,7 @@ def join(
         like = next(value for value in values if value is not None)
         padded = [_pad(value, like, length) for value in values]
         whole = padded[0] if len(padded) == 1 else torch.cat(padded)
-        return whole if index == [*range(len(whole))] else whole[torch.tensor(index, device=whole.device)]
+        return whole if is_in_order else whole[index.to(whole.device)]
 
     states: Optional[States] = None
     if some.states is not None:

@@ -475,3 +475,13 @@ def test_a_cache_behind_both_depths_with_gradients_is_refused() -> None:
     model.base_model.set_adapter(["long", "deep"])
     with pytest.raises(ValueError, match="got a cache.*: gradients are asked for. Leave the cache out"):
         model(input_ids=torch.arange(5, 12)[None], **{CACHE: DynamicCache()})
+
+
+def test_active_adapters_stay_where_several_are_refused() -> None:
+    model = make_many("BERT", "SEQ_CLS", ["other"])
+    batch = make_batch("BERT", "SEQ_CLS", (S, S))
+    expected = model(**batch).logits
+    with pytest.raises(ValueError, match="each have a copy of the same Linear"):
+        model.base_model.set_adapter(["other", "default"])
+    assert model.base_model.active_adapters == ["default"]
+    torch.testing.assert_close(model(**batch).logits, expected, rtol=0, atol=0)
