@@ -7,6 +7,7 @@ Importing this package registers the method with PEFT and has no other effect.
 
 from .adapters.by_row import use_adapters
 from .adapters.collator import DataCollatorWithAdapterNames
+from .bank import PromptBank
 from .config import PromptEncoderType, PTuningConfig
 from .export.model_card import make_model_card
 from .export.prompt import fold_prompt, to_prompt_embeds, unfold_prompt
@@ -29,6 +30,7 @@ __all__ = [
     "PTuningConfig",
     "PTuningLayer",
     "PTuningModel",
+    "PromptBank",
     "PromptEncoder",
     "PromptEncoderType",
     "PromptMonitor",

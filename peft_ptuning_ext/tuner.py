@@ -19,19 +19,19 @@ from transformers import PreTrainedTokenizerBase
 from .adapters.by_row import choose_adapters, may_repeat
 from .adapters.checks import check_adapter, check_is_new, check_weights
 from .adapters.deep_start import find_deep_start
+from .adapters.installation import install, take_deep_prompts
 from .adapters.names import from_saved_names, naming, to_saved_names
 from .adapters.other_methods import activate, check_copies, check_together, has_other_methods, keeping_others_active
 from .adapters.removal import remove_adapters, undone_on_error
 from .adapters.requires_grad import keeping_requires_grad, requires_grad_by_name, restore_requires_grad
 from .adapters.tensor_parallel import check_tensor_parallel, start_alike
-from .adapters.vocabulary import allow_adapters_without_rows, allow_resizing, token_rows, train_token_rows
+from .adapters.vocabulary import allow_adapters_without_rows, token_rows, train_token_rows
 from .adapters.weighted import check_combination, combine
 from .backbone import find_backbone
 from .config import PromptInit, PTuningConfig
 from .files.checkpoint import ENCODER_KEY, TOKENS_KEY, check_state
-from .forward import deep_decoder
-from .forward.deep import record_prompt, take_prompts
-from .forward.wrap import attach, why_in_row
+from .forward.deep import record_prompt
+from .forward.wrap import why_in_row
 from .prompts.adapter import find_adapter, find_layer, find_stack
 from .prompts.choice import repeating
 from .prompts.deep import cast, without_batch
@@ -333,15 +333,13 @@ class PTuningModel(BaseTuner):
     ) -> None:
         if not isinstance(target, PTuningLayer):
             self._target = self._backbone.embedding_path
-            target = PTuningLayer(target, self._backbone.embed_scale)
-            self.model.set_submodule(self._target, target)
-            attach(self.model, self._backbone)
-            allow_resizing(self.model, self._target)
+            target = install(self.model, self._backbone)
         start, shapes = self._start, None
         if self._deep is not None:
             shapes = self._deep.shapes
             start = self._deep.states() if start is None else start
-            self._take_deep_prompts(peft_config)
+            where = peft_config.is_in_encoder, peft_config.is_in_decoder
+            take_deep_prompts(self.model, self._backbone, self._deep.modules, *where)
         target.update_layer(adapter_name, peft_config, start, shapes)
         start_alike(self.model, target.ptuning_encoders[adapter_name])
         self._start = self._deep = None
@@ -352,13 +350,6 @@ class PTuningModel(BaseTuner):
             # transformers loads a prompt to where its map has the embedding. That is not where the prompt is used, and
             # what belongs on disk is not loaded at all.
             self.model.hf_device_map[f"{current_key}{ENCODER_KEY}".rstrip(".")] = device
-
-    def _take_deep_prompts(self, peft_config: PTuningConfig) -> None:
-        stack = find_stack(self.model)
-        if peft_config.is_in_encoder:
-            take_prompts(stack, self._backbone, self._deep.modules)
-        if peft_config.is_in_decoder:
-            deep_decoder.take_prompts(stack, self.model.get_submodule(self._backbone.decoder))
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # PEFT's own leaves an encoder that is not upcast in the dtype that it was made in, which is not the base's.

@@ -103,7 +103,7 @@ FLOORS = [
     ["prompts"],
     ["forward", "monitor"],
     ["adapters", "export"],
-    ["tuner"],
+    ["tuner", "bank"],
 ]
 
 

@@ -4,17 +4,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import replace
+from typing import Any, Optional
 
 import torch
-from peft import PeftModel
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
 
-from ..prompts.adapter import find_layer
+from ..prompts.adapter import base_of, find_layer
 from ..prompts.choice import Names, Rows, choosing, chosen_rows, read_rows
+from ..prompts.layer import PTuningLayer
+from ..prompts.stored import Ready
 
 
 # Arguments of `generate` that `forward` does not have.
@@ -25,18 +27,18 @@ HOOKED = "ptuning_by_row"
 
 
 @contextmanager
-def use_adapters(model: nn.Module, adapter_names: Sequence[str | tuple[str, ...]]) -> Iterator[None]:
-    """Inside, each row of a batch has adapters of its own.
+def use_adapters(model: nn.Module, adapter_names: str | Sequence[str | tuple[str, ...]]) -> Iterator[None]:
+    """Inside, each row of a batch has adapters of its own, or all rows have the one that is named.
 
     A `PeftModel` takes `adapter_names` in its calls and in `generate`. This is the same for a transformers model that
     has the adapters, whose `generate` takes no arguments of others. Each thread chooses for itself.
 
     Args:
-        model (`nn.Module`): A `PeftModel`, or a transformers model with adapters of this package.
-        adapter_names (`list`):
-            For each row the name of an adapter, a tuple of names whose prompts stand in this order, or `"__base__"`
-            for none. Where a row becomes several that are next to each other (beams, several answers, the choices of
-            a question), they have its adapters.
+        model (`nn.Module`): A `PeftModel`, or a transformers model with adapters of this package or a bank.
+        adapter_names (`str` or `list`):
+            A name for all rows; or for each row the name of an adapter, a tuple of names whose prompts stand in this
+            order, or `"__base__"` for none. Where a row becomes several that are next to each other (beams, several
+            answers, the choices of a question), they have its adapters.
 
     Raises:
         TypeError: It is not a list of names.
@@ -49,28 +51,36 @@ def use_adapters(model: nn.Module, adapter_names: Sequence[str | tuple[str, ...]
         outputs = model.generate(**batch)
     ```
     """
-    with choose_adapters(model.base_model if isinstance(model, PeftModel) else model, adapter_names, True):
+    is_one = isinstance(adapter_names, str)
+    names = [adapter_names] if is_one else adapter_names
+    with choose_adapters(base_of(model), names, may_repeat=True, are_all_alike=is_one):
         yield
 
 
 @contextmanager
-def choose_adapters(model: nn.Module, adapter_names: Any, may_repeat: bool) -> Iterator[None]:
-    """As [`use_adapters`]; `may_repeat`: whether a batch may have several rows in place of each."""
+def choose_adapters(
+    model: nn.Module, adapter_names: Any, may_repeat: bool, are_all_alike: bool = False
+) -> Iterator[None]:
+    """As [`use_adapters`], with a list of names.
+
+    Args:
+        model (`nn.Module`): The model with the tuner layer, and no `PeftModel`.
+        adapter_names (`list`): As of [`use_adapters`].
+        may_repeat (`bool`): Whether a batch may have several rows in place of each.
+        are_all_alike (`bool`, defaults to `False`): Whether the only name is that of all rows, however many.
+    """
     layer = find_layer(model)
     if layer is None:
-        raise ValueError(f"This {type(model).__name__} has no P-tuning adapter of this package.")
-    rows = read_rows(adapter_names, layer.ptuning_encoders, may_repeat)
-    heads = []
+        raise ValueError(f"This {type(model).__name__} has no P-tuning adapter of this package, and no prompt bank.")
+    rows = read_rows(adapter_names, layer.known, may_repeat)
+    heads = _find_heads(model, layer, set(rows.names))
     for module in model.modules():
-        if isinstance(module, ModulesToSaveWrapper):
-            heads.append(module)
-            for names in set(rows.names):
-                _head_of(module, names)
-            if not hasattr(module, HOOKED):
-                setattr(module, HOOKED, module.register_forward_hook(_apply_heads, with_kwargs=True))
-        elif isinstance(module, TrainableTokensWrapper):
+        if isinstance(module, TrainableTokensWrapper):
             _check_same_rows(module, rows)
-    with choosing((layer, *heads), rows):
+    for module in heads:
+        if not hasattr(module, HOOKED):
+            setattr(module, HOOKED, module.register_forward_hook(_apply_heads, with_kwargs=True))
+    with choosing((layer, *heads), replace(rows, are_all_alike=are_all_alike, heads=heads)):
         yield
 
 
@@ -81,37 +91,56 @@ def may_repeat(args: tuple, kwargs: dict[str, Any]) -> bool:
     return has_choices or not OF_GENERATE.isdisjoint(kwargs)
 
 
-def _head_of(wrapper: ModulesToSaveWrapper, names: Names) -> nn.Module:
-    """The head of a row's adapters.
+Heads = dict[nn.Module, dict[Names, Optional[nn.Module]]]
+
+
+def _find_heads(model: nn.Module, layer: PTuningLayer, different: Collection[Names]) -> Heads:
+    """By module that some adapter has one of its own for, and by the names of a row, that of the row.
+
+    It is `None` where a row has the base model's own, which is the module itself.
 
     Raises:
-        ValueError: Several of them have one.
+        ValueError: Several adapters of a row have one.
     """
-    found = [name for name in dict.fromkeys(names) if name in wrapper.modules_to_save]
+    modules = {module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)}
+    stored = {name: layer.stored(name) for names in different for name in names if name not in layer.ptuning_encoders}
+    places = {model.get_submodule(path): path for ready in stored.values() for path in ready.modules}
+    return {
+        module: {names: _head_of(module, names, places.get(module), stored) for names in different}
+        for module in modules | places.keys()
+    }
+
+
+def _head_of(module: nn.Module, names: Names, path: Optional[str], stored: dict[str, Ready]) -> Optional[nn.Module]:
+    is_wrapper = isinstance(module, ModulesToSaveWrapper)
+    wrapped, own = (module.modules_to_save, module.original_module) if is_wrapper else ({}, None)
+    in_bank = {name for name in names if name in stored and path in stored[name].modules}
+    found = [name for name in dict.fromkeys(names) if name in wrapped or name in in_bank]
     if len(found) > 1:
         raise ValueError(
             f"The adapters {found} of a row have each a module of their own (`modules_to_save`) in place of one "
-            f"{type(wrapper.original_module).__name__}. A row can have one of them."
+            f"{type(own or module).__name__}. A row can have one of them."
         )
-    return wrapper.modules_to_save[found[0]] if found else wrapper.original_module
+    if not found:
+        return own
+    return wrapped[found[0]] if found[0] in wrapped else stored[found[0]].module(path, own or module)
 
 
-def _apply_heads(wrapper: ModulesToSaveWrapper, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+def _apply_heads(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
     """Forward hook of a head: the outputs of each row's own, (B, …), in place of those of the active adapter's.
 
     PEFT's wrapper takes `adapter_names` too, but only around a single linear layer. The heads of RoBERTa and others
     are made of several.
     """
-    rows = chosen_rows(wrapper)
-    if rows is None or wrapper.disable_adapters:
+    rows = chosen_rows(module)
+    if rows is None or getattr(module, "disable_adapters", False):
         return None
     inputs, *others = args
-    of_rows = rows.of_batch(type(wrapper.original_module).__name__, len(inputs))
-    heads = [_head_of(wrapper, names) for names in of_rows]
+    heads = [rows.heads[module][names] for names in rows.of_batch(type(module).__name__, len(inputs))]
     outputs, order = [], []
     for head in dict.fromkeys(heads):
         own = [row for row, other in enumerate(heads) if other is head]
-        outputs.append(head(inputs[own], *others, **kwargs))
+        outputs.append(output[own] if head is None else head(inputs[own], *others, **kwargs))
         order += own
     return torch.cat(outputs)[torch.tensor(order, device=output.device).argsort()]
 

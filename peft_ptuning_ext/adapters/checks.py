@@ -41,7 +41,7 @@ COMMON_ARGUMENTS += ("output_attentions", "output_hidden_states", "return_dict")
 def check_is_new(model: nn.Module, adapter_name: str) -> None:
     """Raises `ValueError` if the backbone has an adapter of this name, which another model around it was given."""
     layers = [module for module in model.modules() if isinstance(module, PTuningLayer)]
-    if any(adapter_name in layer.ptuning_encoders for layer in layers):
+    if any(adapter_name in layer.known for layer in layers):
         raise ValueError(
             f"The backbone of this {type(model).__name__} has an adapter named {adapter_name!r} already, which "
             "another model around the same backbone was given. Choose another `adapter_name`: both prompts "

@@ -44,13 +44,13 @@ def _remove_prompts(model: nn.Module, path: str, layer: PTuningLayer, names: set
     for name in names & layer.ptuning_encoders.keys():
         del layer.ptuning_encoders[name]
         stack.ptuning.states.drop(name)
-    if not layer.ptuning_encoders:
+    if not layer.ptuning_encoders and layer.bank is None:
         if stack is not None:  # else attaching has failed
             detach(model)
         getattr(model, "hf_device_map", {}).pop(f"{path}{ENCODER_KEY}".rstrip("."), None)
         model.set_submodule(path, layer.base_layer)
     elif names & set(layer.active_adapters):
-        layer.set_adapter(next(iter(layer.ptuning_encoders)))
+        layer.set_adapter(next(iter(layer.ptuning_encoders), []))
 
 
 def _remove_trained_copies(model: nn.Module, path: str, wrapper: AuxiliaryTrainingWrapper, names: set[str]) -> None:

@@ -21,9 +21,9 @@ from ..config import PromptDepth, PTuningConfig
 from ..files.checkpoint import ENCODER_KEY, CheckpointSource, read_tensors, replacing, saved_name
 from ..forward.deep import measure
 from ..prompts.adapter import Adapter, find_adapter, without_compilation
-from ..prompts.deep import LayerShape, shapes_of, without_batch
+from ..prompts.deep import LayerShape, shapes_of, to_table, without_batch
 from ..prompts.prompt import States
-from ..prompts.saved import STOCK_KEY, STOCK_TYPES, from_stock, stock_depth, stock_layer, stock_shape, to_stock
+from ..prompts.saved import STOCK_KEY, STOCK_TYPES, from_stock, stock_depth, stock_layer, stock_shape
 
 
 # Task types with which stock PEFT computes something else from a prompt at the input than this package, and what.
@@ -123,7 +123,7 @@ def _deep_table(adapter: Adapter) -> tuple[type[PeftConfig], torch.Tensor, dict[
     kind = stock_layer(shapes_of(states))
     _check_heads(kind, adapter.base_model)
     sizes = {"num_layers": len(states), "num_attention_heads": kind.heads, "token_dim": kind.heads * kind.key_width}
-    return PrefixTuningConfig, to_stock(states), {**sizes, "encoder_hidden_size": sizes["token_dim"]}
+    return PrefixTuningConfig, to_table(states), {**sizes, "encoder_hidden_size": sizes["token_dim"]}
 
 
 def _check_heads(kind: LayerShape, base_model: nn.Module) -> None:

@@ -143,7 +143,7 @@ def _names_in_decoder(
 
     def are_inside(names: Names) -> Names:
         deep = (name for name in names if layer.is_deep(name))
-        return tuple(name for name in deep if any(i >= first for i in layer.ptuning_encoders[name].shapes))
+        return tuple(name for name in deep if any(i >= first for i in layer.encoder(name).shapes))
 
     names = layer.prompt_names
     if not isinstance(names, Rows):

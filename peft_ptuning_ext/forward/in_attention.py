@@ -316,7 +316,7 @@ def _fingerprint_of_prompt(layer: PTuningLayer, names: tuple[str, ...]) -> Optio
     fingerprint: list[tuple] = []
     plain: list[Any] = []
     for name in names:
-        for module in layer.ptuning_encoders[name].modules():
+        for module in layer.encoder(name).modules():
             if (tensors := _note(module, plain)) is None:
                 return None
             fingerprint += tensors

@@ -105,7 +105,7 @@ def check_no_template(layer: PTuningLayer, of_rows: Sequence[Names]) -> None:
         ValueError: There is one.
     """
     for name in {name for names in of_rows for name in names}:
-        if layer.ptuning_encoders[name].placeholder_id is not None:
+        if layer.encoder(name).placeholder_id is not None:
             raise ValueError(
                 f"Adapter {name!r} has a prompt template, which says where in a text its prompt stands. It can't be "
                 "chosen by row, or together with others. Make it the active one: `model.set_adapter`."

@@ -98,9 +98,14 @@ def find_adapter(model: nn.Module, adapter_name: Optional[str] = None) -> Adapte
     if layer is None:
         raise ValueError(f"This {type(model).__name__} has no P-tuning adapter of this package.")
     adapter_name = layer.named_or_active(adapter_name)
+    config = without_compilation(model).peft_config[adapter_name]
+    return Adapter(adapter_name, config, layer, base_of(model))
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """The base model inside a `PeftModel`, a compiled model, or both."""
     model = without_compilation(model)
-    base_model = without_compilation(model.get_base_model()) if isinstance(model, PeftModel) else model
-    return Adapter(adapter_name, model.peft_config[adapter_name], layer, base_model)
+    return without_compilation(model.get_base_model()) if isinstance(model, PeftModel) else model
 
 
 def without_compilation(model: nn.Module) -> nn.Module:

@@ -5,17 +5,22 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from typing import Any
+from itertools import islice
+from typing import Any, Optional
 
 import torch
+from torch import nn
 
 
 # What PEFT calls a row without an adapter.
 BASE = "__base__"
+
+# How many names a message shows.
+SHOWN = 20
 
 # The adapters of one row, in the order in which their prompts stand; empty for none.
 Names = tuple[str, ...]
@@ -29,10 +34,15 @@ class Rows:
         names (`tuple[tuple[str, ...], ...]`): By row, the adapters whose prompts stand in front of it.
         may_repeat (`bool`, defaults to `False`):
             Whether a batch may have several rows in place of each, next to each other: beams, answers, choices.
+        are_all_alike (`bool`, defaults to `False`): Whether the names of one row are those of all, however many.
+        heads (`Mapping`):
+            By module that some adapter has one of its own for, and by names, that of a row; `None`: the module itself.
     """
 
     names: tuple[Names, ...]
     may_repeat: bool = field(default=False, compare=False)
+    are_all_alike: bool = field(default=False, compare=False)
+    heads: Mapping[nn.Module, Mapping[Names, Optional[nn.Module]]] = field(default_factory=dict, compare=False)
 
     def of_call(self, stack: str, rows: int) -> Names | Rows:
         """The adapters for a batch of B = `rows` rows: those of all of them if they are the same."""
@@ -46,6 +56,8 @@ class Rows:
             ValueError: The batch has another number of rows.
         """
         number = len(self.names)
+        if self.are_all_alike:
+            return self.names * rows
         if rows != number and (rows % number or not self.may_repeat):
             raise ValueError(
                 f"{stack} got {rows} rows, and `adapter_names` has {number}. Pass one name for each row of the batch; "
@@ -63,12 +75,12 @@ def describe(names: Names | Rows) -> str:
     return f"adapter {names[0]!r}" if len(names) == 1 else f"adapters {list(names)}"
 
 
-def read_rows(adapter_names: Any, known: Collection[str], may_repeat: bool) -> Names | Rows:
+def read_rows(adapter_names: Any, known: Collection[str], may_repeat: bool) -> Rows:
     """Reads `adapter_names`: for each row the name of an adapter, a tuple of names, or `"__base__"`.
 
     Args:
         adapter_names (`Any`): What the caller passed.
-        known (`Collection[str]`): Names of the adapters that are there.
+        known (`Collection[str]`): Names of the adapters that are there, which may be many.
         may_repeat (`bool`): As of [`Rows`].
 
     Raises:
@@ -92,10 +104,16 @@ def _read_row(row: Any, known: Collection[str]) -> Names:
             raise TypeError(f"`adapter_names` must have a name, or a tuple of names, for each row, got {row!r}.")
         if name not in known and (name != BASE or len(names) > 1):
             raise ValueError(
-                f"`adapter_names` has {name!r}, and the adapters are {sorted(known)}. {BASE!r} alone is a row without "
-                "an adapter, and a tuple of names puts several prompts in front of a row."
+                f"`adapter_names` has {name!r}, and the adapters are {list_names(known)}. {BASE!r} alone is a row "
+                "without an adapter, and a tuple of names puts several prompts in front of a row."
             )
     return () if names == (BASE,) else names
+
+
+def list_names(names: Collection[str]) -> str:
+    """Names for a message, of which there may be thousands."""
+    some = sorted(islice(names, SHOWN))
+    return f"{some} and {len(names) - SHOWN} others" if len(names) > SHOWN else f"{some}"
 
 
 # By modules, what was chosen for the calls that run now. Each thread has its own.

@@ -194,6 +194,21 @@ def random_states(sample: States, length: int, zero_values: bool = False) -> Sta
     }
 
 
+def to_table(states: States) -> torch.Tensor:
+    """Keys and values, each (1, key-value heads, V, D), as one row for each position: layer by layer, keys first."""
+    return torch.cat([state[0].transpose(0, 1).flatten(1) for pair in states.values() for state in pair], dim=1)
+
+
+def states_of(table: torch.Tensor, shapes: Shapes) -> States:
+    """What [`to_table`] has made a table of, for layers of these shapes."""
+    widths = [shape.heads * width for shape in shapes.values() for width in (shape.key_width, shape.value_width)]
+    parts = iter(table.split(widths, dim=1))
+    return {
+        layer: tuple(next(parts).unflatten(1, (shape.heads, -1)).transpose(0, 1).contiguous()[None] for _ in range(2))
+        for layer, shape in shapes.items()
+    }
+
+
 def cast(states: States, dtype: Optional[torch.dtype]) -> States:
     """Keys and values in `dtype`; as they are for `None`."""
     return {layer: (key.to(dtype), value.to(dtype)) for layer, (key, value) in states.items()} if dtype else states

@@ -4,9 +4,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import ChainMap
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from accelerate.utils import align_module_device
@@ -21,8 +22,10 @@ from ..config import PTuningConfig
 from .build import build_encoder
 from .choice import Names, Rows, chosen_rows
 from .deep import DeepPromptEncoder, Shapes, cast
+from .encoder import PromptEncoder
 from .prompt import Prompt, States
 from .start import start_vectors
+from .stored import Ready, StoredPrompts
 
 
 # Why a prompt is not merged, and what there is instead.
@@ -41,6 +44,7 @@ class PTuningLayer(nn.Module, BaseTunerLayer):
         embed_scale (`float`): What the model multiplies its output by.
 
     Attributes:
+        bank ([`~peft_ptuning_ext.prompts.stored.StoredPrompts`], *optional*): Prompts beside the adapters.
         merges (`int`):
             How often adapters of other methods were merged or unmerged. PEFT writes to weights through `data` then,
             which leaves no trace in them.
@@ -53,10 +57,13 @@ class PTuningLayer(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.embed_scale = embed_scale
         self.ptuning_encoders = nn.ModuleDict()
+        self.bank: Optional[StoredPrompts] = None
         self._active_adapter = []
         self._told: list[str] = []
         self.merged_adapters = []
         self.merges = 0
+        self.register_state_dict_post_hook(_to_plain_names)
+        self.register_load_state_dict_pre_hook(_from_plain_names)
 
     @property
     def active_adapter(self) -> list[str]:
@@ -70,6 +77,21 @@ class PTuningLayer(nn.Module, BaseTunerLayer):
     def active_adapters(self) -> list[str]:
         """The prompts that are active."""
         return self._active_adapter
+
+    @property
+    def known(self) -> Collection[str]:
+        """Names of all prompts that there are: of adapters, and of a bank."""
+        return self.ptuning_encoders if self.bank is None else ChainMap(self.ptuning_encoders, self.bank)
+
+    def encoder(self, name: str) -> PromptEncoder | DeepPromptEncoder:
+        """The encoder of an adapter, or that of a prompt in the bank."""
+        if self.bank is None or name in self.ptuning_encoders:
+            return self.ptuning_encoders[name]
+        return self.stored(name).encoder
+
+    def stored(self, name: str) -> Ready:
+        """A prompt in the bank, ready for use where the embedding computes."""
+        return self.bank.ready(name, self._device)
 
     def get_base_layer(self) -> nn.Module:
         """Returns the embedding itself, below adapters of other methods and PEFT's wrapper for trained rows."""
@@ -120,7 +142,7 @@ class PTuningLayer(nn.Module, BaseTunerLayer):
 
     def placeholder_of(self, names: Names) -> Optional[int]:
         """The id whose embeddings the prompt of adapters by name replaces; `None` if it is in front of the text."""
-        return self.ptuning_encoders[names[0]].placeholder_id if names else None
+        return self.encoder(names[0]).placeholder_id if names else None
 
     def make_prompt(self, names: Names, dtype: torch.dtype) -> Prompt:
         """Returns the prompt of adapters at the input by name, with its vectors, (1, V, H), in `dtype`."""
@@ -130,7 +152,7 @@ class PTuningLayer(nn.Module, BaseTunerLayer):
 
     def length_at_input(self, names: Names) -> int:
         """How many vectors the prompts of adapters by name have at the input, V."""
-        return sum(self.ptuning_encoders[name].num_virtual_tokens for name in names if not self.is_deep(name))
+        return sum(self.encoder(name).num_virtual_tokens for name in names if not self.is_deep(name))
 
     def make_deep_prompt(self, names: Names, dtype: torch.dtype) -> Prompt:
         """Returns the prompt of deep adapters by name, with its keys and values, in `dtype`.
@@ -138,7 +160,7 @@ class PTuningLayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: The adapters don't have the same layers.
         """
-        encoders = [self.ptuning_encoders[name] for name in names]
+        encoders = [self.encoder(name) for name in names]
         parts = [cast(self.encode(name), dtype) for name in names]
         states = parts[0]
         if any(part.keys() != states.keys() for part in parts):
@@ -300,11 +322,11 @@ class PTuningLayer(nn.Module, BaseTunerLayer):
 
     def is_deep(self, adapter_name: str) -> bool:
         """Whether an adapter's prompt is keys and values in every layer."""
-        return isinstance(self.ptuning_encoders[adapter_name], DeepPromptEncoder)
+        return isinstance(self.encoder(adapter_name), DeepPromptEncoder)
 
     def encode(self, adapter_name: str) -> torch.Tensor | States:
         """Returns what an adapter's encoder makes: vectors (V, H), or keys and values by layer, in its own dtype."""
-        encoder = self.ptuning_encoders[adapter_name]
+        encoder = self.encoder(adapter_name)
         gathered = {name: _gather(value) for name, value in encoder.named_parameters() if isinstance(value, DTensor)}
         encoded = functional_call(encoder, gathered, ()) if gathered else encoder()
         return dict(encoded) if isinstance(encoder, DeepPromptEncoder) else encoded
@@ -320,6 +342,21 @@ class PTuningLayer(nn.Module, BaseTunerLayer):
         """Where the embedding computes: an offloaded one has its weights elsewhere."""
         device = execution_device(self.get_base_layer())
         return self.weight.device if device is None else torch.device(device)
+
+
+def _to_plain_names(layer: PTuningLayer, state: dict, prefix: str, local_metadata: dict) -> None:
+    """Gives the embedding below a bank the names that it has in the base model, with which the model is saved."""
+    if layer.bank is not None and not layer.ptuning_encoders:
+        for key in [key for key in state if key.startswith(f"{prefix}base_layer.")]:
+            state[prefix + key.removeprefix(f"{prefix}base_layer.")] = state.pop(key)
+
+
+def _from_plain_names(layer: PTuningLayer, state: dict, prefix: str, *args: Any) -> None:
+    """Undoes [`_to_plain_names`] when the model's weights are loaded."""
+    if layer.bank is not None and not layer.ptuning_encoders:
+        for name in layer.base_layer.state_dict():
+            if prefix + name in state:
+                state[f"{prefix}base_layer.{name}"] = state.pop(prefix + name)
 
 
 def execution_device(module: nn.Module) -> Optional[int | str | torch.device]:

@@ -13,7 +13,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from ..config import PromptDepth, PTuningConfig
 from ..files.checkpoint import CheckpointSource, check_values, read_prompt, read_tensors
 from .build import build_encoder
-from .deep import LayerShape, Shapes, describe
+from .deep import LayerShape, Shapes, describe, states_of
 from .prompt import States
 
 
@@ -137,12 +137,5 @@ def from_stock(table: torch.Tensor, config: PeftConfig, shapes: Optional[Shapes]
     if stock_depth(config) is PromptDepth.INPUT:
         # Of an encoder-decoder's rows, stock PEFT puts the first V in front of the encoder and the others nowhere.
         return table[: config.num_virtual_tokens].clone()
-    heads = stock_layer(shapes).heads
-    by_head = table.unflatten(1, (2 * len(shapes), heads, -1)).permute(1, 2, 0, 3).contiguous()  # (2 · L, heads, V, D)
-    return {layer: (by_head[2 * layer][None], by_head[2 * layer + 1][None]) for layer in shapes}
-
-
-def to_stock(states: States) -> torch.Tensor:
-    """The table of stock PEFT, (V, L · 2 · key-value heads · D): layer by layer, keys before values."""
-    by_head = torch.cat([state for pair in states.values() for state in pair])  # (2 · L, heads, V, D)
-    return by_head.permute(2, 0, 1, 3).flatten(1)
+    stock_layer(shapes)
+    return states_of(table, shapes)
