@@ -29,6 +29,7 @@ import peft_ptuning_ext.files.bank
 from peft_ptuning_ext import PromptBank, PTuningConfig, use_adapters
 from peft_ptuning_ext.files.bank import BankFile
 from peft_ptuning_ext.prompts import stored
+from peft_ptuning_ext.prompts.adapter import find_stack
 
 
 BASE = "__base__"
@@ -267,7 +268,10 @@ def test_replaced_and_deleted() -> None:
     bank(**batch, adapter_names="network")
     bank.add(model, "network", adapter_name="default")
     assert torch.equal(bank(**batch, adapter_names="network").logits, model(**batch).logits)
+    kept = find_stack(bank._base).ptuning.states
+    assert len(kept) == 1
     bank.delete("network")
+    assert len(kept) == 0
     assert "network" not in bank
     assert len(bank) == 3
     with pytest.raises(ValueError, match=r"has 'network', and the adapters are \['deep', 'default', 'long'\]"):
@@ -443,8 +447,9 @@ def test_other_dtypes(dtype, tmp_path) -> None:
     assert {value.dtype for value in load_file(tmp_path / FILE).values()} == {torch.float32}
     again = PromptBank.from_pretrained(make_model("Llama", "CAUSAL_LM").to(dtype).eval(), tmp_path)
     with torch.inference_mode():
-        for _ in range(2):
+        for _ in range(2):  # and keeps what it has computed of them
             torch.testing.assert_close(again(**batch, adapter_names=["default", "deep"]).logits, expected, **CLOSE)
+    assert len(find_stack(again._base).ptuning.states) == 1
 
 
 def test_a_bank_on_the_hub(tmp_path, monkeypatch) -> None:

@@ -51,23 +51,19 @@ def use_adapters(model: nn.Module, adapter_names: str | Sequence[str | tuple[str
         outputs = model.generate(**batch)
     ```
     """
-    is_one = isinstance(adapter_names, str)
-    names = [adapter_names] if is_one else adapter_names
-    with choose_adapters(base_of(model), names, may_repeat=True, are_all_alike=is_one):
+    names = [adapter_names] if isinstance(adapter_names, str) else adapter_names  # one row, and all are in its place
+    with choose_adapters(base_of(model), names, may_repeat=True):
         yield
 
 
 @contextmanager
-def choose_adapters(
-    model: nn.Module, adapter_names: Any, may_repeat: bool, are_all_alike: bool = False
-) -> Iterator[None]:
+def choose_adapters(model: nn.Module, adapter_names: Any, may_repeat: bool) -> Iterator[None]:
     """As [`use_adapters`], with a list of names.
 
     Args:
         model (`nn.Module`): The model with the tuner layer, and no `PeftModel`.
         adapter_names (`list`): As of [`use_adapters`].
         may_repeat (`bool`): Whether a batch may have several rows in place of each.
-        are_all_alike (`bool`, defaults to `False`): Whether the only name is that of all rows, however many.
     """
     layer = find_layer(model)
     if layer is None:
@@ -80,7 +76,7 @@ def choose_adapters(
     for module in heads:
         if not hasattr(module, HOOKED):
             setattr(module, HOOKED, module.register_forward_hook(_apply_heads, with_kwargs=True))
-    with choosing((layer, *heads), replace(rows, are_all_alike=are_all_alike, heads=heads)):
+    with choosing((layer, *heads), replace(rows, heads=heads)):
         yield
 
 

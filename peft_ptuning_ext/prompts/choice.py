@@ -34,14 +34,12 @@ class Rows:
         names (`tuple[tuple[str, ...], ...]`): By row, the adapters whose prompts stand in front of it.
         may_repeat (`bool`, defaults to `False`):
             Whether a batch may have several rows in place of each, next to each other: beams, answers, choices.
-        are_all_alike (`bool`, defaults to `False`): Whether the names of one row are those of all, however many.
         heads (`Mapping`):
             By module that some adapter has one of its own for, and by names, that of a row; `None`: the module itself.
     """
 
     names: tuple[Names, ...]
     may_repeat: bool = field(default=False, compare=False)
-    are_all_alike: bool = field(default=False, compare=False)
     heads: Mapping[nn.Module, Mapping[Names, Optional[nn.Module]]] = field(default_factory=dict, compare=False)
 
     def of_call(self, stack: str, rows: int) -> Names | Rows:
@@ -56,8 +54,6 @@ class Rows:
             ValueError: The batch has another number of rows.
         """
         number = len(self.names)
-        if self.are_all_alike:
-            return self.names * rows
         if rows != number and (rows % number or not self.may_repeat):
             raise ValueError(
                 f"{stack} got {rows} rows, and `adapter_names` has {number}. Pass one name for each row of the batch; "
