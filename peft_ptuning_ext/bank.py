@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from tempfile import TemporaryDirectory
 from typing import Any, Optional
 
+import torch
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from torch import nn
@@ -27,6 +28,7 @@ from .files.bank import FILE_NAME, BankFile, check_record, write_bank
 from .prompts.adapter import base_of, find_adapter, find_layer, find_stack
 from .prompts.choice import BASE, list_names, repeating
 from .prompts.deep import Shapes, describe
+from .prompts.layer import PTuningLayer
 from .prompts.stored import StoredPrompts, config_of
 
 
@@ -159,6 +161,31 @@ class PromptBank:
         with nullcontext() if adapter_names is None else use_adapters(self._base, adapter_names), repeating():
             return self._model.generate(*args, **kwargs)
 
+    @property
+    def base_model(self) -> nn.Module:
+        """The model below all adapters."""
+        return self._base
+
+    @property
+    def layer(self) -> PTuningLayer:
+        """The tuner layer of the model, around its input embedding."""
+        return find_layer(self._base)
+
+    def length(self, name: str) -> int:
+        """How many virtual tokens a prompt has, V."""
+        return self._prompts.config(name).num_virtual_tokens
+
+    def vectors(self, name: str) -> torch.Tensor:
+        """The vectors of a prompt at the input, (V, H)."""
+        return self._prompts[name].table
+
+    def why_more_than_vectors(self, name: str) -> Optional[str]:
+        """Why a prompt is more than vectors in front of a text, as the end of a sentence; `None` if it is not."""
+        if self._prompts.config(name).is_deep:
+            return "is deep: it stands in every layer"
+        trained = sorted(self._prompts.modules_of(name))
+        return f"came with a module of its own, {trained[0]!r}" if trained else None
+
     def __contains__(self, name: object) -> bool:
         return name in self._prompts
 
@@ -189,7 +216,7 @@ class PromptBank:
         """
         if not isinstance(name, str) or name in ("", BASE):
             raise ValueError(f"The name of a prompt must be a text, and not empty or {BASE!r}, got {name!r}.")
-        if name in find_layer(self._base).ptuning_encoders:
+        if name in self.layer.ptuning_encoders:
             raise ValueError(f"The model has an adapter {name!r}. Choose another name, or delete the adapter first.")
         adapter = find_adapter(source, adapter_name) if isinstance(source, nn.Module) else None
         saved = read_config(str(source)) if adapter is None else adapter.config

@@ -102,8 +102,10 @@ FLOORS = [
     ["config"],
     ["prompts"],
     ["forward", "monitor"],
-    ["adapters", "export"],
-    ["tuner", "bank"],
+    ["adapters"],
+    ["bank"],
+    ["export"],
+    ["tuner"],
 ]
 
 

@@ -5,6 +5,10 @@
 from __future__ import annotations
 
 import copy
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Optional
 
@@ -15,15 +19,19 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, Pr
 from transformers.models.auto import modeling_auto
 
 from ..backbone import Backbone, find_backbone, is_decoder_only
+from ..bank import PromptBank
 from ..files.checkpoint import replacing, saved_name
-from ..prompts.adapter import Adapter, find_adapter
-from .tokenizer import save_with_prompt
+from ..prompts.adapter import find_adapter
+from ..prompts.layer import PTuningLayer
+from .tokenizer import save_with_prompt, save_with_prompts
 
 
 # The bias of the new entries where a model's output has one: a probability of 0.
 NEVER = -1e4
+# The file with the ids of each prompt of a bank: by name, the first one and their number.
+PROMPT_IDS = "prompt_ids.json"
 # Files of a model that was in the folder before, which would be read with the new one.
-STALE = ("chat_template.*", "additional_chat_templates/*", "model*.safetensors*", "pytorch_model*.bin*")
+STALE = ("chat_template.*", "additional_chat_templates/*", "model*.safetensors*", "pytorch_model*.bin*", PROMPT_IDS)
 
 READS_EACH_TOKEN = (
     modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
@@ -35,8 +43,28 @@ GENERATES_FROM_ENCODER = (modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_N
 READS_LAST_TOKEN = (modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,)
 
 
+@dataclass(frozen=True)
+class _Source:
+    """What a folder is made of.
+
+    Args:
+        base_model (`nn.Module`): The model below the adapters.
+        layer ([`PTuningLayer`]): Its tuner layer.
+        vectors (`torch.Tensor`): The new entries, (N, H).
+        adapter_name (`str`, *optional*): The adapter whose trained modules are taken; `None`: the model's own.
+    """
+
+    base_model: nn.Module
+    layer: PTuningLayer
+    vectors: torch.Tensor
+    adapter_name: Optional[str] = None
+
+
 def export_standalone(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, directory: str, adapter_name: Optional[str] = None
+    model: nn.Module | PromptBank,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: str,
+    adapter_name: Optional[str] = None,
 ) -> None:
     """Writes an ordinary Hugging Face folder in which the prompt is V new entries of the vocabulary.
 
@@ -57,21 +85,29 @@ def export_standalone(
     rendered is therefore tokenized with `add_special_tokens=False`, as `apply_chat_template` does; a plain text
     without special tokens has no prompt.
 
+    All prompts of a bank go into one folder, and each text says which is in front of it. A chat template is told the
+    name: `tokenizer.apply_chat_template(messages, prompt="orders")`, or `"chat_template_kwargs": {"prompt": "orders"}`
+    in a request to a server; without a name there is no prompt. Where a text is no chat, its prompt's ids are put in
+    front of those that the tokenizer returns: `prompt_ids.json` has, by name, the first id and the number of ids.
+
     Args:
-        model (`PeftModel` or a transformers model): The model that has the adapter; it is not changed.
+        model (`PeftModel`, transformers model or [`PromptBank`]): What has the adapter, or all; it is not changed.
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer; it is not changed.
         directory (`str`): Folder to write to; made if it is not there. A model in it is replaced, other files stay.
-        adapter_name (`str`, *optional*): Which adapter; by default the active one.
+        adapter_name (`str`, *optional*): Which adapter of a model; by default the active one.
 
     Raises:
         ValueError:
             The prompt is deep or has a template, the model reads the prompt's positions outside the backbone (a pooled
             first token, say), its weights are quantized, the adapter trains rows of the vocabulary
             (`trainable_token_indices`), the tokenizer can't be told to put something in front, or the folder holds an
-            adapter, which would be loaded on top. Nothing is written then.
+            adapter, which would be loaded on top. A bank has no prompts, or some of its prompts are deep or have heads
+            of their own. Nothing is written then.
     """
+    if isinstance(model, PromptBank):
+        _export_bank(model, tokenizer, directory, adapter_name)
+        return
     adapter = find_adapter(model, adapter_name)
-    base_model = adapter.base_model
     if adapter.is_deep:
         raise ValueError(
             f"The prompt of adapter {adapter.name!r} is deep: it stands in every layer, and entries of a vocabulary "
@@ -88,6 +124,43 @@ def export_standalone(
             "The adapter has a prompt template, and in a standalone folder the prompt is in front of every text. "
             "Serve it with this package."
         )
+    source = _Source(adapter.base_model, adapter.layer, adapter.prompt(), adapter.name)
+    _export(source, tokenizer, directory, save_with_prompt)
+
+
+def _export_bank(
+    bank: PromptBank, tokenizer: PreTrainedTokenizerBase, directory: str, adapter_name: Optional[str]
+) -> None:
+    if adapter_name is not None:
+        raise ValueError(f"All prompts of a bank are exported, and `adapter_name` is {adapter_name!r}. Leave it out.")
+    if not len(bank):
+        raise ValueError("The bank has no prompts. Add some with `bank.add`.")
+    for name in bank:
+        if (reason := bank.why_more_than_vectors(name)) is not None:
+            raise ValueError(
+                f"The prompt {name!r} of the bank {reason}, and entries of a vocabulary are vectors in front of a "
+                "text. Delete it from the bank, or serve the bank with this package."
+            )
+    lengths = {name: bank.length(name) for name in bank}
+    source = _Source(bank.base_model, bank.layer, torch.cat([bank.vectors(name) for name in bank]))
+
+    def save(tokenizer: PreTrainedTokenizerBase, folder: Path, ids: list[int]) -> None:
+        rest = iter(ids)
+        by_name = {name: [*islice(rest, length)] for name, length in lengths.items()}
+        save_with_prompts(tokenizer, folder, by_name)
+        firsts = {name: [own[0], len(own)] for name, own in by_name.items()}
+        (folder / PROMPT_IDS).write_text(json.dumps(firsts, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+    _export(source, tokenizer, directory, save)
+
+
+def _export(
+    source: _Source,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: str,
+    save_tokenizer: Callable[[PreTrainedTokenizerBase, Path, list[int]], None],
+) -> None:
+    """Writes a folder whose tokenizer `save_tokenizer` writes, given the ids of the new entries."""
     if (Path(directory) / "adapter_config.json").exists():
         raise ValueError(
             f"{directory} holds an adapter, which transformers would load on top of the exported model. Choose "
@@ -98,20 +171,19 @@ def export_standalone(
             f"{type(tokenizer).__name__} writes what stands around a text anew for each language, and with it what "
             "is in front. Serve this model with the package."
         )
-    backbone = find_backbone(base_model)
-    _check_model(base_model, backbone)
-    prompt = adapter.prompt()
-    first_id = adapter.layer.get_base_layer().num_embeddings
+    backbone = find_backbone(source.base_model)
+    _check_model(source.base_model, backbone)
+    first_id = source.layer.get_base_layer().num_embeddings
     if (largest := max(tokenizer.get_vocab().values())) >= first_id:
         raise ValueError(
             f"The tokenizer gives ids up to {largest}, and the model has {first_id} embeddings: it is of another "
             "model, or `model.resize_token_embeddings` was not called."
         )
-    ids = list(range(first_id, first_id + len(prompt)))
-    standalone = _make_model(adapter, saved_name(backbone.embedding_path), prompt, first_id)
-    standalone.generation_config = _make_generation_config(base_model, ids)
+    ids = list(range(first_id, first_id + len(source.vectors)))
+    standalone = _make_model(source, saved_name(backbone.embedding_path), first_id)
+    standalone.generation_config = _make_generation_config(source.base_model, ids)
     with replacing(directory, STALE) as folder:
-        save_with_prompt(tokenizer, folder, ids)
+        save_tokenizer(tokenizer, folder, ids)
         standalone.save_pretrained(folder)
 
 
@@ -140,12 +212,12 @@ def _check_model(base_model: nn.Module, backbone: Backbone) -> None:
         )
 
 
-def _make_model(adapter: Adapter, embedding_path: str, prompt: torch.Tensor, first_id: int) -> PreTrainedModel:
+def _make_model(source: _Source, embedding_path: str, first_id: int) -> PreTrainedModel:
     """A copy of the base model that shares its weights, but for those that have a row per entry of the vocabulary."""
-    base_model = adapter.base_model
-    state = _plain_state(adapter, embedding_path)
-    table = adapter.layer.get_base_layer().weight
-    rows = _as_rows(adapter, prompt)
+    base_model, prompt = source.base_model, source.vectors
+    state = _plain_state(source, embedding_path)
+    table = source.layer.get_base_layer().weight
+    rows = _as_rows(source.layer, prompt)
     config = copy.deepcopy(base_model.config)
     config.get_text_config().vocab_size = first_id + len(prompt)
     standalone = _on_meta(base_model, config)
@@ -198,14 +270,15 @@ def _on_meta(base_model: PreTrainedModel, config: PretrainedConfig) -> PreTraine
         return type(base_model)(config)
 
 
-def _plain_state(adapter: Adapter, embedding_path: str) -> dict[str, torch.Tensor]:
+def _plain_state(source: _Source, embedding_path: str) -> dict[str, torch.Tensor]:
     """The state of the base model as it is without adapters, but with what this one has trained beside the prompt."""
-    state = {saved_name(name): value for name, value in adapter.base_model.state_dict().items()}
-    wrapped = {embedding_path: "base_layer"}
-    for name, module in adapter.base_model.named_modules():
+    state = {saved_name(name): value for name, value in source.base_model.state_dict().items()}
+    is_renamed = f"{embedding_path}.weight" in state  # as it is below a bank without adapters
+    wrapped = {} if is_renamed else {embedding_path: "base_layer"}
+    for name, module in source.base_model.named_modules():
         if isinstance(module, ModulesToSaveWrapper):
-            is_mine = adapter.name in module.modules_to_save
-            wrapped[saved_name(name)] = f"modules_to_save.{adapter.name}" if is_mine else "original_module"
+            is_mine = source.adapter_name in module.modules_to_save
+            wrapped[saved_name(name)] = f"modules_to_save.{source.adapter_name}" if is_mine else "original_module"
     for name, inner in wrapped.items():
         prefix, kept = f"{name}.", f"{name}.{inner}."
         state = {
@@ -217,9 +290,8 @@ def _plain_state(adapter: Adapter, embedding_path: str) -> dict[str, torch.Tenso
 
 
 @torch.no_grad()
-def _as_rows(adapter: Adapter, prompt: torch.Tensor) -> torch.Tensor:
+def _as_rows(layer: PTuningLayer, prompt: torch.Tensor) -> torch.Tensor:
     """The rows of the embedding that come out of it as the prompt: (V, H)."""
-    layer = adapter.layer
     table = layer.get_base_layer().weight
     largest = int(table.abs().max(dim=1).values.argmax())
     column = int(table[largest].abs().argmax())

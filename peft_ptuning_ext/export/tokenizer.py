@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Optional
 
@@ -32,13 +33,51 @@ def save_with_prompt(tokenizer: PreTrainedTokenizerBase, folder: Path, ids: list
         ValueError: The tokenizer can't be told to put something in front.
     """
     names = [f"{BEGIN}virtual {i}{END}" for i in range(len(ids))]
+    has_template = _save(
+        tokenizer, folder, lambda template: put_names_first(template, f"{{{{ '{''.join(names)}' }}}}")
+    )
+    with _changing(folder / "tokenizer.json") as state:
+        state["post_processor"] = put_ids_first(state["post_processor"], ids, names)
+        if has_template:
+            _add_entries(state, ids, names)
+
+
+def save_with_prompts(tokenizer: PreTrainedTokenizerBase, folder: Path, ids: dict[str, list[int]]) -> None:
+    """Saves a tokenizer whose chat template, if it has one, puts the ids of the prompt in front that it is told.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): The tokenizer without the prompts; it is not changed.
+        folder (`Path`): Where its files are written.
+        ids (`dict[str, list[int]]`): By name of a prompt, its ids, behind all of the tokenizer's own.
+
+    Raises:
+        ValueError: The tokenizer has a chat template, and no places for new entries.
+    """
+    names = [[f"{BEGIN}{k} {i}{END}" for i in range(len(own))] for k, own in enumerate(ids.values())]
+    has_template = _save(tokenizer, folder, lambda template: put_names_first(template, _names_of_prompt(ids)))
+    if has_template:
+        with _changing(folder / "tokenizer.json") as state:
+            _add_entries(state, *(list(chain(*parts)) for parts in (ids.values(), names)))
+
+
+def _names_of_prompt(ids: dict[str, list[int]]) -> str:
+    """What a chat template writes of the prompt that it is told: names of its entries, or nothing without a prompt."""
+    table = json.dumps({name: [k, len(own)] for k, (name, own) in enumerate(ids.items())}, ensure_ascii=False)
+    return (
+        f"{{% if prompt is defined and prompt is not none %}}{{% set ptuning_prompts = {table} %}}"
+        "{% if prompt not in ptuning_prompts %}{{ raise_exception('There is no prompt ' ~ prompt) }}{% endif %}"
+        f"{{% for i in range(ptuning_prompts[prompt][1]) %}}{{{{ '{BEGIN}' ~ ptuning_prompts[prompt][0] ~ ' ' ~ i ~ "
+        f"'{END}' }}}}{{% endfor %}}{{% endif %}}"
+    )
+
+
+def _save(tokenizer: PreTrainedTokenizerBase, folder: Path, change: Callable[[str], str]) -> bool:
+    """Saves a tokenizer with its chat templates changed; returns whether it has one."""
     template = tokenizer.chat_template
     if template is not None:
         tokenizer = copy.deepcopy(tokenizer)
         is_named = isinstance(template, dict)
-        by_name = {
-            key: put_names_first(text, names) for key, text in (template if is_named else {"": template}).items()
-        }
+        by_name = {key: change(text) for key, text in (template if is_named else {"": template}).items()}
         tokenizer.chat_template = by_name if is_named else by_name[""]
     tokenizer.save_pretrained(folder)
     if not (folder / "tokenizer.json").is_file():
@@ -46,16 +85,13 @@ def save_with_prompt(tokenizer: PreTrainedTokenizerBase, folder: Path, ids: list
             f"{type(tokenizer).__name__} has no tokenizer.json, and only the `tokenizers` library can be told to put "
             "something in front of every text. Load the tokenizer with `AutoTokenizer` from a folder that has one."
         )
-    with _changing(folder / "tokenizer.json") as state:
-        state["post_processor"] = put_ids_first(state["post_processor"], ids, names)
-        if template is not None:
-            _add_entries(state, ids, names)
     with _changing(folder / "tokenizer_config.json") as config:
         # Classes of single models make parts of the tokenizer anew when they load; this one takes the file as it is.
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
         config["model_input_names"] = tokenizer.model_input_names
         for name in ("add_bos_token", "add_eos_token"):  # they would write the post-processor again
             config.pop(name, None)
+    return template is not None
 
 
 @contextmanager
@@ -124,15 +160,20 @@ TEMPLATES: dict[str, Callable[[dict], dict]] = {
 }
 
 
-def put_names_first(template: str, names: list[str]) -> str:
-    """Returns a chat template that writes `names`, then what `template` writes without the code points they have."""
+def put_names_first(template: str, names: str) -> str:
+    """Returns a chat template that writes names of entries, then what `template` writes without their code points.
+
+    Args:
+        template (`str`): The chat template.
+        names (`str`): What writes the names, as a part of a template.
+    """
     template = re.sub(r"(\r\n|\r|\n)\Z", "", template)  # as Jinja does at the end
     # Where an answer of the model begins can't be told inside a block that is kept: without the tag, callers who ask
     # for it are warned.
     template = re.sub(r"({%[-+]?\s*)generation(\s*[-+]?%})", r"\1if true\2", template)
     template = re.sub(r"({%[-+]?\s*)endgeneration(\s*[-+]?%})", r"\1endif\2", template)
     given = "{% set ptuning_text %}\n" + template + "{{ '' }}{% endset %}"
-    return f"{given}{{{{ '{''.join(names)}' + ptuning_text | replace('{BEGIN}', '') | replace('{END}', '') }}}}"
+    return f"{given}{names}{{{{ ptuning_text | replace('{BEGIN}', '') | replace('{END}', '') }}}}"
 
 
 def _add_entries(state: dict, ids: list[int], names: list[str]) -> None:

@@ -6,11 +6,8 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +17,7 @@ import torch
 from families import make_model
 from making import make_config
 from openai import OpenAI
+from openai_client import serving
 from peft import PeftModel, get_peft_model
 from tiny_tokenizers import CHAT, SIZE, TEXTS, make_tokenizer
 from transformers import PreTrainedTokenizerBase
@@ -68,40 +66,9 @@ def _exported(tmp_path_factory) -> Exported:
 @pytest.fixture(scope="module", name="client")
 def _client(exported, tmp_path_factory) -> Iterator[OpenAI]:
     """A client of `transformers serve`, started from a command."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    program = Path(sys.executable).with_name("transformers")
-    log = tmp_path_factory.mktemp("server") / "log.txt"
-    with log.open("w") as output:
-        server = subprocess.Popen(
-            [
-                str(program),
-                "serve",
-                str(exported.folder),
-                "--device",
-                "cpu",
-                "--host",
-                "127.0.0.1",
-                "--port",
-                str(port),
-            ],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
-    try:
-        for _ in range(600):
-            assert server.poll() is None, log.read_text()[-3000:]
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1).close()
-                break
-            except OSError:
-                time.sleep(0.2)
-        with OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=60) as client:
-            yield client
-    finally:
-        server.terminate()
-        server.wait(20)
+    command = [str(Path(sys.executable).with_name("transformers")), "serve", str(exported.folder), "--device", "cpu"]
+    with serving(command, tmp_path_factory.mktemp("server") / "log.txt") as client:
+        yield client
 
 
 def test_transformers_serve_completes_texts(client, exported) -> None:
