@@ -11,7 +11,7 @@ from ..forward import deep, deep_decoder
 from ..forward.wrap import attach
 from ..prompts.adapter import find_stack
 from ..prompts.layer import PTuningLayer
-from .vocabulary import allow_resizing
+from .vocabulary import allow_resizing_and_tying
 
 
 def install(model: nn.Module, backbone: Backbone) -> PTuningLayer:
@@ -20,7 +20,7 @@ def install(model: nn.Module, backbone: Backbone) -> PTuningLayer:
     layer = PTuningLayer(model.get_submodule(path), backbone.embed_scale)
     model.set_submodule(path, layer)
     attach(model, backbone)
-    allow_resizing(model, path)
+    allow_resizing_and_tying(model, path)
     return layer
 
 

@@ -15,7 +15,7 @@ from ..forward.wrap import detach
 from ..prompts.adapter import find_layer, find_stack
 from ..prompts.layer import PTuningLayer
 from .requires_grad import requires_grad_by_name, restore_requires_grad
-from .vocabulary import restore_resizing
+from .vocabulary import restore_resizing_and_tying
 
 
 def remove_adapters(model: nn.Module, adapter_names: Iterable[str]) -> None:
@@ -36,7 +36,7 @@ def remove_adapters(model: nn.Module, adapter_names: Iterable[str]) -> None:
     if find_layer(model) is None:
         if find_stack(model) is not None:  # somebody has replaced the embedding, and the tuner layer with it
             detach(model)
-        restore_resizing(model)
+        restore_resizing_and_tying(model)
 
 
 def _remove_prompts(model: nn.Module, path: str, layer: PTuningLayer, names: set[str]) -> None:

@@ -165,21 +165,23 @@ class TokenRowsWrapper(TrainableTokensWrapper):
         return super().adapter_state_dict(adapter_name, state_dict) if adapter_name in self._adapters else {}
 
 
-def allow_resizing(model: nn.Module, embedding_path: str) -> None:
-    """Gives each transformers model around the tuner layer a `resize_token_embeddings` that can resize it.
+def allow_resizing_and_tying(model: nn.Module, embedding_path: str) -> None:
+    """Gives each transformers model around the tuner layer methods that resize and tie what the layer is around.
 
-    transformers resizes plain embeddings only.
+    transformers' own do so with plain embeddings only.
     """
     for name, module in model.named_modules():
         if isinstance(module, PreTrainedModel) and f"{embedding_path}.".startswith(f"{name}." if name else ""):
             module.resize_token_embeddings = ResizeTokenEmbeddings(module)
+            module.tie_weights = TieWeights(module)
 
 
-def restore_resizing(model: nn.Module) -> None:
-    """Gives each transformers model its own `resize_token_embeddings` back."""
+def restore_resizing_and_tying(model: nn.Module) -> None:
+    """Gives each transformers model its own methods back."""
     for module in model.modules():
-        if isinstance(vars(module).get("resize_token_embeddings"), ResizeTokenEmbeddings):
-            del module.resize_token_embeddings
+        for name in ("resize_token_embeddings", "tie_weights"):
+            if isinstance(vars(module).get(name), (ResizeTokenEmbeddings, TieWeights)):
+                delattr(module, name)
 
 
 class ResizeTokenEmbeddings:
@@ -200,6 +202,37 @@ class ResizeTokenEmbeddings:
                 )
         with _without_tuner_layer(model):
             return type(model).resize_token_embeddings(model, *args, **kwargs)
+
+
+class TieWeights:
+    """Stands in for `tie_weights` of a transformers model that has the tuner layer.
+
+    transformers looks for weights under the names that they have in the base model, and sets them there.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        with _bare_modules(self.model):
+            type(self.model).tie_weights(self.model, *args, **kwargs)
+
+
+@contextmanager
+def _bare_modules(model: nn.Module) -> Iterator[None]:
+    """Inside, the modules of the base model stand in their places, without the tuner layer and PEFT's wrappers."""
+    wrappers: dict[str, nn.Module] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        is_inside = any(name.startswith(f"{outer}.") for outer in wrappers)
+        if isinstance(module, (PTuningLayer, AuxiliaryTrainingWrapper)) and not is_inside:
+            wrappers[name] = module
+    for name, module in wrappers.items():
+        model.set_submodule(name, _bare(module))
+    try:
+        yield
+    finally:
+        for name, module in wrappers.items():
+            model.set_submodule(name, module)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import threading
 import pytest
 import safetensors.torch
 import torch
-from families import make_model
+from families import CELLS, FAMILIES, make_model
 from making import make_adapted, make_config
 from peft import LoraConfig, PeftModel, get_peft_model
 from reference import V, concatenated, main_output, make_batch
@@ -333,11 +333,48 @@ def test_resizing_the_vocabulary_keeps_the_prompt(family, task, options, inside,
         expected = of_old_ids(model)
 
     base = model.unload()
-    assert "resize_token_embeddings" not in {name for module in base.modules() for name in vars(module)}
+    assert not {"resize_token_embeddings", "tie_weights"} & {
+        name for module in base.modules() for name in vars(module)
+    }
     torch.testing.assert_close(of_old_ids(base), expected, rtol=0, atol=1e-6)
     head = base.get_output_embeddings()
     assert was_tied == (head is not None and head.weight is base.get_input_embeddings().weight)
     assert base.resize_token_embeddings(size + 1, mean_resizing=False).num_embeddings == size + 1
+
+
+def names_of_weights(model: nn.Module) -> list[set[str]]:
+    """The names under which each weight is in a model."""
+    names: dict[nn.Parameter, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, set()).add(name)
+    return [*names.values()]
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer:UserWarning")
+@pytest.mark.parametrize(
+    ("family", "task", "options"),
+    [
+        *((family, task, {}) for family, task in CELLS),
+        ("Llama", "CAUSAL_LM", {"trainable_token_indices": [7]}),
+        ("T5", "SEQ_2_SEQ_LM", {"trainable_token_indices": [7]}),
+        ("BART", "SEQ_2_SEQ_LM", {"modules_to_save": ["lm_head"]}),
+        ("T5", "SEQ_2_SEQ_LM", {"prompt_depth": "DEEP"}),
+    ],
+)
+@torch.no_grad()
+def test_weights_are_tied_again(family, task, options, out) -> None:
+    """As the base model's are: accelerate, Trainer and evaluation harnesses call `tie_weights`."""
+    sizes = {"tie_word_embeddings": True} if FAMILIES[family].kind == "decoder" else {}
+    model = make_adapted(family, task, sizes, **options)
+    expected, tied = out(model, family, task), names_of_weights(model)
+    for name in [name for names in tied for name in sorted(names)[1:]]:
+        parent, _, attribute = name.rpartition(".")
+        module = model.get_submodule(parent)
+        setattr(module, attribute, nn.Parameter(getattr(module, attribute).clone()))
+    model.tie_weights()
+    assert sorted(map(sorted, names_of_weights(model))) == sorted(map(sorted, tied))
+    assert torch.equal(out(model, family, task), expected)
+    assert "tie_weights" not in {name for module in model.unload().modules() for name in vars(module)}
 
 
 @pytest.mark.parametrize("family", ["T5", "BART"])
