@@ -93,6 +93,7 @@ assert more.shape[1] == first.sequences.shape[1] + 8
 assert [len(output.generated_tokens) for output in outputs.values()] == [8, 8]
 assert model.prompt_route == "shared"
 assert vectors.shape == (2, 32)
+assert 0 <= scores["acc,none"] <= 1 and scores["sample_len"] == 32
 torch.testing.assert_close(merged, together, rtol=1e-4, atol=1e-5)
 torch.testing.assert_close(again_both.eval()(**after[0]["batch"]).logits, together, rtol=1e-4, atol=1e-5)
 assert not torch.allclose(prompt_alone, together) and not torch.allclose(of_base, prompt_alone)

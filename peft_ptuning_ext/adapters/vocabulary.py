@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The peft_ptuning_ext authors
 # SPDX-License-Identifier: Apache-2.0
-"""The vocabulary of a model with prompts: rows of it that are trained beside a prompt, and its size."""
+"""The vocabulary of a model with prompts: rows of it that are trained beside a prompt, its size, and what is tied."""
 
 from __future__ import annotations
 
