@@ -86,7 +86,9 @@ torch.testing.assert_close(unfolded_logits, folded_logits, rtol=0, atol=1e-5)
 assert unfolded.peft_config["default"].prompt_depth == taken.peft_config["default"].prompt_depth == "DEEP"
 assert after[6]["loaded"].prompt_embeddings().equal(after[0]["model"].prompt_embeddings())
 assert len(grown.get_input_embeddings().weight) == len(tokenizer) + 8
-assert "prompt_effect" in after[14]["trainer"].state.log_history[0]
+assert from_bank.shape[0] == 2 and list(bank) == ["stories"]
+assert not torch.allclose(lettered, after[14]["bank"].base_model(**after[14]["texts"]).logits)
+assert "prompt_effect" in after[15]["trainer"].state.log_history[0]
 assert len(nearest) == 20 and len(nearest[0]) == 3 and -1 <= similarity <= 1
 assert static.equal(answer)
 assert more.shape[1] == first.sequences.shape[1] + 8

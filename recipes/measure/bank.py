@@ -19,12 +19,13 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from benchmark_cases import BenchmarkArguments
 from benchmark_report import describe_machine
 from benchmark_runs import LORA_TARGETS, load_base
-from peft import LoraConfig, PeftConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import HfArgumentParser
 
 from peft_ptuning_ext import PromptBank, PTuningConfig
@@ -61,21 +62,34 @@ def seconds(calls: Iterable[Callable[[], object]]) -> float:
     return statistics.median(times)
 
 
-def make_bank(args: BankArguments, folder: str, count: int) -> None:
-    """Writes a bank of `count` prompts, and an adapter beside it that can be added."""
-    base = load_base(BenchmarkArguments(model_size=args.model_size, device="cpu", seed=args.seed))
+def make_model(args: BankArguments) -> tuple[PeftModel, PromptBank]:
+    """A model with an adapter, and an empty bank on another copy of the model."""
+    settings = BenchmarkArguments(model_size=args.model_size, device="cpu", seed=args.seed)
     config = PTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=args.prompt_length)
-    model = get_peft_model(base, config)
+    return get_peft_model(load_base(settings), config), PromptBank(load_base(settings))
+
+
+def make_first(args: BankArguments, folder: str) -> None:
+    """Writes an adapter, and a bank of one prompt."""
+    model, bank = make_model(args)
     model.save_pretrained(f"{folder}/adapter")
+    bank.add(model, "first")
+    bank.save(f"{folder}/one")
+
+
+def make_bank(args: BankArguments, folder: str, count: int) -> float:
+    """Writes a bank of `count` prompts, and returns the bytes that each needed in memory."""
+    model, bank = make_model(args)
     encoder = model.base_model._layer().ptuning_encoders["default"]
-    bank = PromptBank(load_base(BenchmarkArguments(model_size=args.model_size, device="cpu", seed=args.seed)))
+    bank.add(model, "first")  # a first time reads code
+    bank.delete("first")
     before = memory()
     for i in range(count):
         torch.nn.init.normal_(encoder.embedding)
         bank.add(model, f"task {i}")
     grown = (memory() - before) / count
     bank.save(folder)
-    Path(folder, "grown").write_text(str(grown), encoding="utf-8")
+    return grown
 
 
 def measure_bank(args: BankArguments, folder: str, count: int) -> dict[str, float]:
@@ -90,7 +104,7 @@ def measure_bank(args: BankArguments, folder: str, count: int) -> dict[str, floa
         with torch.no_grad():
             bank(input_ids=ids, adapter_names=[name])
 
-    PromptBank.from_pretrained(base, folder).unload()  # a first time reads code and pages
+    PromptBank.from_pretrained(base, f"{folder}/one").unload()
     before = memory()
     start = time.perf_counter()
     bank = PromptBank.from_pretrained(base, folder)
@@ -102,7 +116,6 @@ def measure_bank(args: BankArguments, folder: str, count: int) -> dict[str, floa
     bank.add(adapter, "first")
     found["added"] = seconds(lambda name=name: bank.add(adapter, name) for name in new)
     found["deleted"] = seconds(lambda name=name: bank.delete(name) for name in new)
-    found["bytes of each, added"] = float(Path(folder, "grown").read_text(encoding="utf-8"))
     return found
 
 
@@ -120,7 +133,7 @@ def measure_peft(args: BankArguments, folder: str, config: PeftConfig, count: in
     return {"first": first, "last": seconds(loads[-few:]), "count": count}
 
 
-def in_a_process(function: Callable, *arguments: object) -> dict[str, float]:
+def in_a_process(function: Callable, *arguments: object) -> Any:
     """Calls a function in a process of its own, whose memory is its own."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(function, arguments)
@@ -130,8 +143,9 @@ def measure(args: BankArguments) -> dict[str, dict[str, dict[str, float]]]:
     banks = {}
     for count in args.prompts:
         with tempfile.TemporaryDirectory() as folder:
-            in_a_process(make_bank, args, folder, count)
-            banks[str(count)] = in_a_process(measure_bank, args, folder, count)
+            in_a_process(make_first, args, folder)  # what writes a file leaves holes in memory
+            grown = in_a_process(make_bank, args, folder, count)
+            banks[str(count)] = {**in_a_process(measure_bank, args, folder, count), "bytes of each, added": grown}
     configs = {
         "prompt": (
             PTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=args.prompt_length),
