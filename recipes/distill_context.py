@@ -98,7 +98,7 @@ class ContextArguments:
         default=None, metadata={"help": "Text that ends an answer. Default: the model's end token alone."}
     )
     max_input_tokens: int = field(default=64, metadata={"help": "Length of inputs that the model makes up, at most."})
-    max_new_tokens: int = field(default=32, metadata={"help": "Length of the answers, at most."})
+    max_new_tokens: int = field(default=24, metadata={"help": "Length of the answers, at most."})
     top_k: int = field(
         default=32,
         metadata={"help": "Tokens whose probability is kept at each place of an answer; the others count together."},
@@ -112,7 +112,7 @@ class ContextArguments:
         },
     )
     dtype: Literal["float32", "bfloat16", "float16"] = field(
-        default="float32", metadata={"help": "Number format of the frozen weights."}
+        default="bfloat16", metadata={"help": "Number format of the frozen weights."}
     )
 
 
@@ -259,6 +259,9 @@ def check_positions(inputs: DatasetDict | None, frame: Frame, tokenizer, config,
             f"The context has {length} tokens, the longest input {longest}, and an answer up to {args.max_new_tokens} "
             f"(`--max_new_tokens`): {whole} positions, and the model has {positions}. Shorten the context."
         )
+    for option in ("num_virtual_tokens", "top_k"):
+        if getattr(args, option) < 1:
+            raise ValueError(f"`--{option}` is {getattr(args, option)}, and should be 1 or more.")
     if args.num_virtual_tokens > length:
         raise ValueError(
             f"`--num_virtual_tokens` is {args.num_virtual_tokens}, and the context has {length} tokens: a longer "
@@ -480,10 +483,11 @@ def sample_inputs(
     Raises:
         ValueError: The model writes fewer than two different inputs.
     """
-    start = tokenizer(frame.before, add_special_tokens=False).input_ids
+    # Without the space at its end, which belongs to the first word of an input.
+    start = tokenizer(frame.before.rstrip(" "), add_special_tokens=False).input_ids
     if not start:
         raise ValueError("Nothing stands between context and input, so no input can be made up: pass `--inputs_file`.")
-    stop = frame.behind.strip(" ")[:1] if frame.behind.startswith("\n") else None
+    stop = "\n" if frame.behind.startswith("\n") else None
     texts = {}
     for _ in range(-(-args.sampled_inputs // batch_size)):
         options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "max_new_tokens": args.max_input_tokens}
@@ -586,7 +590,7 @@ def time_prefill(model: PeftModel, task: Task, rounds: int = ROUNDS) -> dict[str
                     if name == "context_in_cache":
                         kept = kept or read(front)[1]
                         taken, _ = read(text, kept)
-                        kept.crop(len(front))
+                        kept.crop(-len(text))
                     else:
                         taken, _ = read([*front, *text] if name == "context" else text)
             if number:
@@ -606,6 +610,7 @@ def summarise(task: Task, metrics: dict[str, dict], seconds: dict[str, list[floa
         "context_tokens": task.context_tokens,
         "num_virtual_tokens": task.args.num_virtual_tokens,
         "prompt_depth": task.args.prompt_depth,
+        "dtype": task.args.dtype,
         "tokens_saved": task.context_tokens - task.args.num_virtual_tokens,
         "metrics": metrics,
         "recovered": {

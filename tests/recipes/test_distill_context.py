@@ -1,0 +1,357 @@
+# SPDX-FileCopyrightText: 2026 The peft_ptuning_ext authors
+# SPDX-License-Identifier: Apache-2.0
+"""A prompt in place of a context: teacher, loss and report on a tiny model."""
+
+import importlib.util
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import distill as measure_distill
+import distill_context
+import pytest
+import torch
+from distill_context import ContextArguments, DistillationCollator, Teacher
+from peft import PeftModel
+from safetensors.torch import load_file
+from shared import small_language, small_models
+from shared.arguments import ModelArguments
+from shared.small_models import Pretraining
+from tiny_recipes import FILES, RECIPES, read_metrics, read_rows, run, write_rows
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+LAYERS, V = 2, 4
+CONTEXT = "Mara sells a lamp at the mill on Monday. Ines sells a kite by the river, and Bo has drums."
+CHAT = (
+    "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.fixture(autouse=True)
+def datasets_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """Arguments of a run on a model of random weights."""
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    settings = Pretraining("causal_lm", width=32, layers=LAYERS)
+    tokenizer = small_models.make_tokenizer(settings, itertools.islice(small_language.draw_texts(0), 50))
+    model = small_models.make_model(settings, tokenizer)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.normal_(std=0.3)  # so that answers differ, and are not certain
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    (folder / "context.txt").write_text(CONTEXT)
+    inputs = [f"thing: {thing}, day: {day}" for thing in ("lamp", "kite", "drum") for day in ("Monday", "Friday")]
+    rows = [{"input": text, "target": "yes"} for text in inputs]
+    return {
+        "model_name_or_path": str(folder / "model"),
+        "context_file": str(folder / "context.txt"),
+        "inputs_file": write_rows(folder / "train.jsonl", rows[:4]),
+        "test_file": write_rows(folder / "test.jsonl", [*rows[4:], {"input": "a", "target": "no"}]),
+        "max_new_tokens": 6,
+        "num_virtual_tokens": V,
+        "dtype": "float32",
+    }
+
+
+RUN = {
+    "max_steps": 3,
+    "learning_rate": 0.1,
+    "per_device_train_batch_size": 2,
+    "per_device_eval_batch_size": 2,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "use_cpu": True,
+}
+
+
+def prepare(tiny: dict, folder: Path, **changes) -> distill_context.Task:
+    arguments = {**tiny, **changes}
+    model = ModelArguments(arguments.pop("model_name_or_path"))
+    return distill_context.prepare(model, ContextArguments(**arguments), 2, folder)
+
+
+def vocabulary(tiny: dict) -> int:
+    return AutoModelForCausalLM.from_pretrained(tiny["model_name_or_path"]).config.vocab_size
+
+
+def log_probabilities(model, front: list[int], row: dict) -> torch.Tensor:
+    """Of a model that is called on the plain tokens, at each place of the row's answer: (N, vocabulary)."""
+    ids = torch.tensor([[*front, *row["text_ids"], *row["answer_ids"]]])
+    with torch.no_grad():
+        logits = model(ids).logits[0].log_softmax(-1)
+    return logits[-len(row["answer_ids"]) - 1 : -1]
+
+
+def front_ids(task: distill_context.Task) -> list[int]:
+    return task.tokenizer(task.frame.front, add_special_tokens=False).input_ids
+
+
+def test_the_teacher_is_the_model_behind_the_context(tiny, tmp_path):
+    task = prepare(tiny, tmp_path, top_k=5)
+    base, front = AutoModelForCausalLM.from_pretrained(tiny["model_name_or_path"]).eval(), front_ids(task)
+    assert front[0] == task.tokenizer.bos_token_id and CONTEXT in task.tokenizer.decode(front)
+    rows = [*task.data["train"], *task.data["test"]]
+    assert len({len(row["text_ids"]) for row in rows}) > 1
+    for row in rows:
+        assert task.tokenizer.decode(row["text_ids"]).strip() == row["input"]
+        ids = torch.tensor([[*front, *row["text_ids"]]])
+        whole = base.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=6)
+        assert row["answer_ids"] == whole[0, ids.shape[1] :].tolist()
+        expected = log_probabilities(base, front, row)
+        top, top_ids = expected.topk(5)
+        assert row["teacher_ids"] == top_ids.tolist()
+        torch.testing.assert_close(torch.tensor(row["teacher_logprobs"]), top, rtol=0, atol=1e-5)
+        torch.testing.assert_close(torch.tensor(row["teacher_rest"]).exp(), 1 - top.exp().sum(-1), rtol=0, atol=1e-5)
+    away = log_probabilities(base, front[:1], rows[0])
+    assert (away - log_probabilities(base, front, rows[0])).abs().max() > 0.1  # else the context would say nothing
+
+
+def student(task: distill_context.Task, depth: str, length: int, folder: Path) -> distill_context.DistillationTrainer:
+    task.args = replace(task.args, prompt_depth=depth, num_virtual_tokens=length)
+    defaults = {**distill_context.TRAINING_DEFAULTS, **RUN, "output_dir": str(folder)}
+    return distill_context.train_prompt(task, distill_context.TrainingArguments(**defaults))
+
+
+@pytest.mark.parametrize("top_k", [None, 7])
+def test_the_loss_is_the_divergence_of_the_distributions(tiny, tmp_path, top_k):
+    """Of the full ones where k is the vocabulary. Otherwise all other tokens count as one."""
+    task = prepare(tiny, tmp_path, top_k=top_k or vocabulary(tiny))
+    base, rows = AutoModelForCausalLM.from_pretrained(tiny["model_name_or_path"]).eval(), task.data["test"].to_list()
+    trainer = student(task, "INPUT", V, tmp_path)
+    batch = DistillationCollator(task.tokenizer.pad_token_id)(rows)
+    counted = (batch["labels"] != -100).sum()
+    loss = trainer.compute_loss(trainer.model, batch)
+    half = trainer.compute_loss(trainer.model, batch, num_items_in_batch=2 * counted)
+    full = grouped = 0
+    for row in rows:
+        teacher = log_probabilities(base, front_ids(task), row).double()
+        own = log_probabilities(base, front_ids(task)[:V], row).double()
+        full += (teacher.exp() * (teacher - own)).sum()
+        if top_k:
+            ids = teacher.topk(top_k).indices
+            teacher, own = (both.exp().gather(-1, ids) for both in (teacher, own))
+            teacher, own = (torch.cat([both, 1 - both.sum(-1, keepdim=True)], -1).log() for both in (teacher, own))
+        grouped += (teacher.exp() * (teacher - own)).sum()
+    assert loss.item() == pytest.approx(grouped.item() / counted.item(), rel=1e-4)
+    assert half.item() == pytest.approx(loss.item() / 2)
+    assert 0.01 < grouped.item() < full.item() if top_k else grouped.item() == full.item() > 0.01
+    loss.backward()
+    gradients = {name for name, parameter in trainer.model.named_parameters() if parameter.grad is not None}
+    assert len(gradients) == 1 and all(parameter.isfinite().all() for parameter in trainer.model.parameters())
+
+
+@pytest.mark.parametrize("depth", ["INPUT", "DEEP"])
+def test_a_prompt_that_is_the_whole_context_is_the_teacher(tiny, tmp_path, depth):
+    task = prepare(tiny, tmp_path, top_k=vocabulary(tiny))
+    metrics = {}
+    for length in (task.context_tokens, V):
+        model = student(task, depth, length, tmp_path).model
+        metrics[length], _ = distill_context.measure(model, task, 2, [])
+        task.model = model.unload()
+    assert abs(metrics[task.context_tokens]["kl"]) < 1e-5
+    assert metrics[task.context_tokens]["agreement"] == 1
+    assert metrics[V]["kl"] > 0.01
+
+
+def test_what_is_in_front_changes_nothing_else(tiny, tmp_path):
+    """Without a context, a model reads what its tokenizer makes of the text."""
+    task = prepare(tiny, tmp_path, top_k=vocabulary(tiny))
+    base, start = AutoModelForCausalLM.from_pretrained(tiny["model_name_or_path"]).eval(), []
+    for row in task.data["test"]:
+        assert task.tokenizer(row["input"] + "\n").input_ids == [task.tokenizer.bos_token_id, *row["text_ids"]]
+        teacher, own = (
+            log_probabilities(base, front, row) for front in (front_ids(task), [task.tokenizer.bos_token_id])
+        )
+        start += (teacher.exp() * (teacher - own)).sum(-1).tolist()
+    found = distill_context.measure_without(task, 2)
+    assert found["nothing"]["kl"] == pytest.approx(sum(start) / len(start), rel=1e-3)
+    assert found["context"]["kl"] == 0 and found["context"]["agreement"] == 1
+
+
+@pytest.mark.parametrize("depth", ["INPUT", "DEEP"])
+def test_a_run_writes_the_prompt_and_the_report(tiny, tmp_path, depth, capsys):
+    output = tmp_path / "output"
+    run(distill_context, {**tiny, **RUN, "prompt_depth": depth, "output_dir": output})
+    written = {path.name for path in output.iterdir()}
+    assert written == FILES | {"distillation.json", "distillation.md"}
+    report = json.loads((output / "distillation.json").read_text())
+    assert report["tokens_saved"] == report["context_tokens"] - V
+    kl = {case: found["kl"] for case, found in report["metrics"].items()}
+    assert kl["context"] == 0 < min(kl["nothing"], kl["start"], kl["prompt"]) and kl["start"] != kl["prompt"]
+    assert report["recovered"]["kl"] == pytest.approx(1 - kl["prompt"] / kl["nothing"])
+    assert read_metrics(output)["after"]["kl"] == kl["prompt"]
+    assert {len(seconds) for seconds in report["prefill_seconds"].values()} == {distill_context.ROUNDS}
+    assert (output / "distillation.md").read_text() in capsys.readouterr().out
+    rows = read_rows(output / "predictions.jsonl")
+    assert [row["input"] for row in rows] == [row["input"] for row in read_rows(tiny["test_file"])]
+
+    saved = load_file(output / "adapter_model.safetensors")
+    assert len(saved) == (1 if depth == "INPUT" else 2 * LAYERS)
+    task = prepare(tiny, tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(tiny["model_name_or_path"])
+    loaded, _ = distill_context.measure(PeftModel.from_pretrained(base, output), task, 2, [])
+    assert loaded["kl"] == pytest.approx(kl["prompt"], rel=1e-4)
+
+
+def test_training_lowers_the_divergence(tiny, tmp_path):
+    run(distill_context, {**tiny, **RUN, "max_steps": 20, "learning_rate": 0.01, "output_dir": tmp_path / "output"})
+    report = json.loads((tmp_path / "output" / "distillation.json").read_text())
+    assert report["metrics"]["prompt"]["kl"] < report["metrics"]["start"]["kl"]
+
+
+def test_accumulated_steps_are_those_of_a_larger_batch(tiny, tmp_path):
+    prompts = []
+    for size, steps in ((4, 1), (1, 4)):
+        output = tmp_path / str(size)
+        sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps, "max_steps": 1}
+        run(distill_context, {**tiny, **RUN, **sizes, "max_grad_norm": 0, "optim": "sgd", "output_dir": output})
+        prompts.append(load_file(output / "adapter_model.safetensors"))
+    for name, tensor in prompts[0].items():
+        torch.testing.assert_close(prompts[1][name], tensor, rtol=0, atol=1e-6)
+
+
+def test_the_teacher_answers_once(tiny, tmp_path, monkeypatch):
+    first = prepare(tiny, tmp_path)
+    monkeypatch.setattr(Teacher, "__call__", lambda *_: pytest.fail("asked again"))
+    assert prepare(tiny, tmp_path).data["test"][:] == first.data["test"][:]
+    with pytest.raises(pytest.fail.Exception, match="asked again"):
+        prepare(tiny, tmp_path, top_k=3)
+    other = tmp_path / "other.txt"
+    other.write_text(CONTEXT.replace("lamp", "kite"))
+    with pytest.raises(pytest.fail.Exception, match="asked again"):
+        prepare(tiny, tmp_path, context_file=str(other))
+
+
+def test_the_model_makes_up_inputs(tiny, tmp_path):
+    changes = {"inputs_file": None, "test_file": None, "template": "Q: {input}\nA:", "sampled_inputs": 6}
+    data = prepare(tiny, tmp_path, **changes, stop="\n", max_input_tokens=12).data
+    texts = [*data["train"]["input"], *data["test"]["input"]]
+    assert texts and len(texts) == len(set(texts)) <= 6 and len(data["test"]) >= 1
+    assert all(text.strip() and "\n" not in text for text in texts)
+    assert {row["input"] for row in read_rows(tmp_path / "inputs.jsonl")} == set(texts)
+
+
+def test_a_text_of_lines_is_a_file_of_inputs(tiny, tmp_path):
+    file = tmp_path / "inputs.txt"
+    file.write_text("".join(f"thing: {i}\n" for i in range(10)))
+    data = prepare(tiny, tmp_path, inputs_file=str(file), test_file=None).data
+    assert data.num_rows == {"train": 8, "test": 2}
+    assert {*data["train"]["input"], *data["test"]["input"]} == {f"thing: {i}" for i in range(10)}
+
+
+def frame(tiny: dict, chat: str | None = None, **changes) -> distill_context.Frame:
+    tokenizer = AutoTokenizer.from_pretrained(tiny["model_name_or_path"])
+    tokenizer.chat_template = chat
+    return distill_context.make_frame(tokenizer, "Be brief.", ContextArguments(**changes))
+
+
+def test_the_context_is_the_system_message(tiny):
+    assert frame(tiny, CHAT) == distill_context.Frame("<system> Be brief.</s>", "<user> ", "</s><assistant>")
+    assert frame(tiny, CHAT, template="Q: {input}!") == distill_context.Frame("<s>Be brief.\n\n", "Q: ", "!")
+    assert frame(tiny) == distill_context.Frame("<s>Be brief.\n\n", "", "\n")
+
+
+@pytest.mark.parametrize(
+    ("chat", "message"),
+    [
+        ("{{ raise_exception('no system role') }}", "takes no system message .no system role.*`--template`"),
+        (
+            "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}",
+            "does not put a system message in front",
+        ),
+        (
+            "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}",
+            "does not put a system message in front",
+        ),
+    ],
+)
+def test_other_chat_templates_are_refused(tiny, chat, message):
+    with pytest.raises(ValueError, match=message):
+        frame(tiny, chat)
+
+
+NO_ROWS, LATIN = b"\n \n", "Grüße".encode("latin-1")
+
+
+@pytest.mark.parametrize(
+    ("changes", "files", "message"),
+    [
+        ({}, {"context_file": b" \n"}, r"context_file\.jsonl is empty"),
+        ({}, {"context_file": LATIN}, r"context_file\.jsonl is not text in UTF-8"),
+        ({}, {"context_file": b"a\0b"}, r"context_file\.jsonl is not text"),
+        ({}, {"context_file": b"lamp kite " * 200}, r"context has \d+ tokens, .*the model has 256. Shorten"),
+        ({}, {"inputs_file": json.dumps({"input": "kite " * 250}).encode()}, "longest input .*the model has 256"),
+        ({"context_file": "none.txt"}, {}, "no file none.txt"),
+        ({}, {"inputs_file": NO_ROWS}, r"inputs_file\.jsonl has no rows"),
+        ({}, {"test_file": NO_ROWS}, r"test_file\.jsonl has no rows"),
+        ({}, {"inputs_file": LATIN}, r"inputs_file\.jsonl is not text in UTF-8"),
+        ({}, {"inputs_file": b'{"text": "a"}'}, "should have a text 'input' in each line, got"),
+        ({}, {"inputs_file": b'{"input": "a"}\n{"input": 3}'}, r'each line, got {"input": 3}'),
+        ({}, {"inputs_file": b'{"input": "a"}\n["b"]'}, r'each line, got \["b"\]'),
+        ({}, {"inputs_file": b"{'input'}"}, "should have a JSON object in each line"),
+        ({"inputs_file": "none.jsonl"}, {}, "no file none.jsonl"),
+        ({"test_file": None}, {"inputs_file": b'{"input": "a"}'}, "has one row"),
+        ({"inputs_file": None}, {}, "`--test_file` goes with `--inputs_file`"),
+        ({"template": "Answer:"}, {}, r"should have {input} where the input goes, got 'Answer:'"),
+        ({"num_virtual_tokens": 200}, {}, r"`--num_virtual_tokens` is 200, and the context has \d+ tokens"),
+        ({"num_virtual_tokens": 0}, {}, "`--num_virtual_tokens` is 0"),
+        ({"top_k": 0}, {}, "`--top_k` is 0"),
+        ({"inputs_file": None, "test_file": None}, {}, "Nothing stands between context and input"),
+        ({"model_name_or_path": "./no/such/model"}, {}, r"no model folder \./no/such/model"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_computed(tiny, tmp_path, monkeypatch, changes, files, message):
+    monkeypatch.setattr(Teacher, "__call__", lambda *_: pytest.fail("the teacher was asked"))
+    arguments = {**tiny, **changes}
+    for name, content in files.items():
+        file = tmp_path / f"{name}.jsonl"
+        file.write_bytes(content)
+        arguments[name] = str(file)
+    arguments = {name: value for name, value in arguments.items() if value is not None}
+    with pytest.raises(ValueError, match=message):
+        run(distill_context, {**arguments, **RUN, "output_dir": tmp_path / "output"})
+    assert not (tmp_path / "output").exists()
+
+
+def test_the_way_from_no_context_to_the_context():
+    assert distill_context.recovered(nothing=4.0, prompt=1.0, context=0.0) == 0.75
+    assert distill_context.recovered(nothing=0.1, prompt=0.9, context=0.5) == 2.0  # a prompt may go further
+    assert distill_context.recovered(nothing=0.0, prompt=0.5, context=0.0) is None
+
+
+def test_the_measured_table_has_a_row_for_each_prompt(tiny, tmp_path):
+    words = [word for name, value in {**tiny, **RUN}.items() for word in (f"--{name}", str(value))]
+    words = [word for pair in zip(words[::2], words[1::2]) if pair[0] != "--num_virtual_tokens" for word in pair]
+    arguments = ["--lengths", "2", "3", "--depths", "DEEP", "--output_dir", str(tmp_path), *words]
+    measure_distill.main(arguments)
+    table = (tmp_path / "distill.md").read_text().splitlines()
+    assert [row.split("|")[2].strip() for row in table[2:]] == ["0", "2", "3", "36"]
+    assert {row.count("|") for row in table} == {len(table[0].split("|")) - 1}
+    reports = json.loads((tmp_path / "distill.json").read_text())["results"]
+    assert f"| {reports[1]['metrics']['prompt']['kl']:.3f} |" in table[4]
+    (tmp_path / "deep_3" / "distillation.json").write_text(json.dumps(reports[0]))
+    measure_distill.main(arguments)  # finished runs are read, and not repeated
+    assert (tmp_path / "distill.md").read_text().splitlines()[4] == table[3]
+
+
+def test_front_desk_is_what_the_script_writes(tmp_path):
+    folder = RECIPES / "data" / "front_desk"
+    spec = importlib.util.spec_from_file_location("front_desk", folder / "generate.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    script.main(tmp_path)
+    for name in ("context.txt", "train.jsonl", "test.jsonl"):
+        assert (folder / name).read_bytes() == (tmp_path / name).read_bytes()
+    inputs = [row["input"] for name in ("train", "test") for row in read_rows(folder / f"{name}.jsonl")]
+    context = (folder / "context.txt").read_text(encoding="utf-8")
+    assert len(inputs) == len(set(inputs)) == script.TRAIN + script.TEST
+    assert not any(text in context for text in inputs)
+    assert all(f"| {thing} | {desk}\n" in context for desk, things in script.THINGS.items() for thing in things)
