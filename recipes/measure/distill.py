@@ -40,7 +40,7 @@ def run_recipe(depth: str, length: int, folder: Path, words: list[str]) -> dict:
 
 
 def write_table(reports: list[dict]) -> str:
-    """The reports as a Markdown table. Without a context and with it, nothing is trained: the first report has both."""
+    """The reports as a Markdown table. What is untrained is the same in all of them, and taken from the first."""
     metrics, first = list(reports[0]["metrics"]["context"]), reports[0]
     shares = [name for name in metrics if first["recovered"][name] is not None]
     titles = ["in front of the input", "tokens", *metrics, *(f"of the way, {name}" for name in shares)]

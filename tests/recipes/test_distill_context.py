@@ -97,7 +97,8 @@ def front_ids(task: distill_context.Task) -> list[int]:
 def test_the_teacher_is_the_model_behind_the_context(tiny, tmp_path):
     task = prepare(tiny, tmp_path, top_k=5)
     base, front = AutoModelForCausalLM.from_pretrained(tiny["model_name_or_path"]).eval(), front_ids(task)
-    assert front[0] == task.tokenizer.bos_token_id and CONTEXT in task.tokenizer.decode(front)
+    assert front[0] == task.tokenizer.bos_token_id
+    assert CONTEXT in task.tokenizer.decode(front)
     rows = [*task.data["train"], *task.data["test"]]
     assert len({len(row["text_ids"]) for row in rows}) > 1
     for row in rows:
@@ -130,10 +131,11 @@ def test_the_loss_is_the_divergence_of_the_distributions(tiny, tmp_path, top_k):
     counted = (batch["labels"] != -100).sum()
     loss = trainer.compute_loss(trainer.model, batch)
     half = trainer.compute_loss(trainer.model, batch, num_items_in_batch=2 * counted)
-    full = grouped = 0
+    full, grouped, front = 0, 0, front_ids(task)
+    spread = [front[round(i * (len(front) - 1) / (V - 1))] for i in range(V)]  # where the prompt starts
     for row in rows:
-        teacher = log_probabilities(base, front_ids(task), row).double()
-        own = log_probabilities(base, front_ids(task)[:V], row).double()
+        teacher = log_probabilities(base, front, row).double()
+        own = log_probabilities(base, spread, row).double()
         full += (teacher.exp() * (teacher - own)).sum()
         if top_k:
             ids = teacher.topk(top_k).indices
@@ -145,7 +147,8 @@ def test_the_loss_is_the_divergence_of_the_distributions(tiny, tmp_path, top_k):
     assert 0.01 < grouped.item() < full.item() if top_k else grouped.item() == full.item() > 0.01
     loss.backward()
     gradients = {name for name, parameter in trainer.model.named_parameters() if parameter.grad is not None}
-    assert len(gradients) == 1 and all(parameter.isfinite().all() for parameter in trainer.model.parameters())
+    assert len(gradients) == 1
+    assert all(p.grad.isfinite().all() for p in trainer.model.parameters() if p.requires_grad)
 
 
 @pytest.mark.parametrize("depth", ["INPUT", "DEEP"])
@@ -173,7 +176,20 @@ def test_what_is_in_front_changes_nothing_else(tiny, tmp_path):
         start += (teacher.exp() * (teacher - own)).sum(-1).tolist()
     found = distill_context.measure_without(task, 2)
     assert found["nothing"]["kl"] == pytest.approx(sum(start) / len(start), rel=1e-3)
-    assert found["context"]["kl"] == 0 and found["context"]["agreement"] == 1
+    assert (found["context"]["kl"], found["context"]["agreement"]) == (0, 1)
+
+
+def test_a_deep_prompt_starts_at_the_contexts_own_keys_and_values(tiny, tmp_path):
+    task = prepare(tiny, tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(tiny["model_name_or_path"])
+    front = torch.tensor([front_ids(task)])
+    with torch.no_grad():
+        cache = base(front, position_ids=torch.arange(-front.shape[1], 0)[None], use_cache=True).past_key_values
+    model, last = student(task, "DEEP", V, tmp_path).model, front.shape[1] - 1
+    places = [round(i * last / (V - 1)) for i in range(V)]
+    for layer, (keys, values) in model.prompt_key_values().items():
+        torch.testing.assert_close(keys, cache.layers[layer].keys[0, :, places], rtol=0, atol=1e-5)
+        torch.testing.assert_close(values, cache.layers[layer].values[0, :, places], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("depth", ["INPUT", "DEEP"])
@@ -185,7 +201,8 @@ def test_a_run_writes_the_prompt_and_the_report(tiny, tmp_path, depth, capsys):
     report = json.loads((output / "distillation.json").read_text())
     assert report["tokens_saved"] == report["context_tokens"] - V
     kl = {case: found["kl"] for case, found in report["metrics"].items()}
-    assert kl["context"] == 0 < min(kl["nothing"], kl["start"], kl["prompt"]) and kl["start"] != kl["prompt"]
+    assert kl["context"] == 0 < min(kl["nothing"], kl["start"], kl["prompt"])
+    assert kl["start"] != kl["prompt"]
     assert report["recovered"]["kl"] == pytest.approx(1 - kl["prompt"] / kl["nothing"])
     assert read_metrics(output)["after"]["kl"] == kl["prompt"]
     assert {len(seconds) for seconds in report["prefill_seconds"].values()} == {distill_context.ROUNDS}
@@ -234,7 +251,8 @@ def test_the_model_makes_up_inputs(tiny, tmp_path):
     changes = {"inputs_file": None, "test_file": None, "template": "Q: {input}\nA:", "sampled_inputs": 6}
     data = prepare(tiny, tmp_path, **changes, stop="\n", max_input_tokens=12).data
     texts = [*data["train"]["input"], *data["test"]["input"]]
-    assert texts and len(texts) == len(set(texts)) <= 6 and len(data["test"]) >= 1
+    assert 2 <= len(texts) == len(set(texts)) <= 6
+    assert len(data["test"]) >= 1
     assert all(text.strip() and "\n" not in text for text in texts)
     assert {row["input"] for row in read_rows(tmp_path / "inputs.jsonl")} == set(texts)
 
@@ -265,11 +283,11 @@ def test_the_context_is_the_system_message(tiny):
         ("{{ raise_exception('no system role') }}", "takes no system message .no system role.*`--template`"),
         (
             "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}",
-            "does not put a system message in front",
+            "puts no system message in front",
         ),
         (
             "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}",
-            "does not put a system message in front",
+            "puts no system message in front",
         ),
     ],
 )
