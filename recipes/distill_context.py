@@ -18,7 +18,7 @@ language_model.py takes from a package of PyPI. It takes about four minutes on t
 A context of your own, with inputs from a file, or with inputs that the model makes up behind the context:
 
     python recipes/distill_context.py --context_file manual.txt --inputs_file questions.jsonl
-    python recipes/distill_context.py --context_file manual.txt --prompt_depth INPUT --num_virtual_tokens 20
+    python recipes/distill_context.py --context_file manual.txt --prompt_depth INPUT --learning_rate 3e-2
 """
 
 import hashlib
@@ -49,14 +49,15 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from peft_ptuning_ext import PTuningConfig
 
 
 TRAINING_DEFAULTS = {
     "output_dir": "outputs/distill_context",
-    "max_steps": 100,
-    "learning_rate": 3e-3,
+    "max_steps": 60,
+    "learning_rate": 1e-2,
     "per_device_train_batch_size": 8,
     "per_device_eval_batch_size": 50,
     "eval_strategy": "no",
@@ -78,7 +79,7 @@ class ContextArguments:
         default=None,
         metadata={
             "help": "Inputs without answers: JSON lines (.jsonl) with a column, or a text with an input in each line. "
-            "Default with a context of your own: the model makes inputs up."
+            "Default with a context of your own: inputs that the model makes up."
         },
     )
     test_file: str | None = field(
@@ -381,8 +382,9 @@ def _pad_left(rows: list[torch.Tensor], value: float) -> torch.Tensor:
 class DistillationCollator:
     """Makes a batch of rows that a [`Teacher`] has seen.
 
-    Besides the model's inputs it has "labels" (B, N) for what Trainer counts, and the teacher's log-probabilities:
-    "teacher_ids" and "teacher_logprobs" (B, N, k), "teacher_rest" (B, N). N is the longest answer, k is `top_k`.
+    Besides the model's inputs it has "labels" (B, S), from which Trainer counts the answers' tokens, and the teacher's
+    log-probabilities: "teacher_ids" and "teacher_logprobs" (B, N, k), "teacher_rest" (B, N). N is the longest answer,
+    and k is `top_k`.
     """
 
     pad_token_id: int
@@ -392,8 +394,8 @@ class DistillationCollator:
             name: _pad_left([torch.tensor(row[name]) for row in rows], 0)
             for name in ("teacher_ids", "teacher_logprobs", "teacher_rest")
         }
-        labels = _pad_left([torch.tensor(row["answer_ids"]) for row in rows], -100)
-        return {**to_batch(rows, self.pad_token_id), "labels": labels, **teacher}
+        labels = [torch.tensor([-100] * len(row["text_ids"]) + row["answer_ids"]) for row in rows]
+        return {**to_batch(rows, self.pad_token_id), "labels": _pad_left(labels, -100), **teacher}
 
 
 def divergence(logits: torch.Tensor, ids: torch.Tensor, logprobs: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
@@ -415,17 +417,22 @@ def divergence(logits: torch.Tensor, ids: torch.Tensor, logprobs: torch.Tensor, 
     return found + rest.exp() * (rest - own.scatter(-1, ids, -torch.inf).logsumexp(-1))
 
 
+def run_student(model: nn.Module, batch: dict) -> tuple[CausalLMOutputWithPast, torch.Tensor]:
+    """Returns what the model says to a batch, and its divergence from the teacher at each token of the answers."""
+    batch = dict(batch)
+    teacher = [batch.pop(name) for name in ("teacher_ids", "teacher_logprobs", "teacher_rest")]
+    present = batch.pop("labels")[:, -teacher[0].shape[1] :] != -100
+    outputs = model(**batch)
+    return outputs, divergence(outputs.logits[:, :-1], *teacher)[present]
+
+
 class DistillationTrainer(Trainer):
     """Trainer with the divergence from the teacher as the loss: `compute_loss_func` sees nothing but `labels`."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The mean over the answers' tokens, of all batches of a step where Trainer has counted them."""
-        inputs = dict(inputs)
-        present = inputs.pop("labels") != -100
-        teacher = [inputs.pop(name) for name in ("teacher_ids", "teacher_logprobs", "teacher_rest")]
-        outputs = model(**inputs)
-        total = divergence(outputs.logits[:, :-1], *teacher)[present].sum()
-        loss = total / (present.sum() if num_items_in_batch is None else num_items_in_batch)
+        outputs, divergences = run_student(model, inputs)
+        loss = divergences.sum() / (len(divergences) if num_items_in_batch is None else num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
 
@@ -523,10 +530,8 @@ def measure(model: nn.Module, task: Task, batch_size: int, in_front: list[int]) 
         rows = test.select(range(start, min(start + batch_size, len(test)))).to_list()
         rows = [{**row, "text_ids": [*in_front, *row["text_ids"]]} for row in rows]
         batch = {name: _to(value, model.device) for name, value in collate(rows).items()}
-        present = batch.pop("labels") != -100
-        teacher = [batch.pop(name) for name in ("teacher_ids", "teacher_logprobs", "teacher_rest")]
-        total += divergence(model(**batch).logits[:, :-1], *teacher)[present].sum().item()
-        count += present.sum().item()
+        _, divergences = run_student(model, batch)
+        total, count = total + divergences.sum().item(), count + len(divergences)
         texts, stop = [row["text_ids"] for row in rows], task.frame.stop
         written = write_answers(model, task.tokenizer, texts, stop, max_new_tokens=task.args.max_new_tokens)
         answers += [answer_text(task.tokenizer, ids, stop) for ids in written]

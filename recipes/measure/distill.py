@@ -27,6 +27,7 @@ from transformers import AutoConfig
 
 RECIPE = Path(__file__).resolve().parents[1] / "distill_context.py"
 WHERE = {"INPUT": "at the input", "DEEP": "in every layer"}
+LEARNING_RATES = {"INPUT": 3e-2, "DEEP": 1e-2}
 
 
 def run_recipe(depth: str, length: int, folder: Path, words: list[str]) -> dict:
@@ -35,6 +36,7 @@ def run_recipe(depth: str, length: int, folder: Path, words: list[str]) -> dict:
     file = output / "distillation.json"
     if not file.is_file():
         options = ["--prompt_depth", depth, "--num_virtual_tokens", str(length), "--output_dir", str(output)]
+        options += ["--learning_rate", str(LEARNING_RATES[depth])]
         subprocess.run([sys.executable, str(RECIPE), "--report_to", "none", *options, *words], check=True)
     return json.loads(file.read_text(encoding="utf-8"))
 

@@ -117,7 +117,7 @@ def test_the_teacher_is_the_model_behind_the_context(tiny, tmp_path):
 
 def student(task: distill_context.Task, depth: str, length: int, folder: Path) -> distill_context.DistillationTrainer:
     task.args = replace(task.args, prompt_depth=depth, num_virtual_tokens=length)
-    defaults = {**distill_context.TRAINING_DEFAULTS, **RUN, "output_dir": str(folder)}
+    defaults = {**distill_context.TRAINING_DEFAULTS, **RUN, "per_device_eval_batch_size": 8, "output_dir": str(folder)}
     return distill_context.train_prompt(task, distill_context.TrainingArguments(**defaults))
 
 
@@ -144,6 +144,7 @@ def test_the_loss_is_the_divergence_of_the_distributions(tiny, tmp_path, top_k):
         grouped += (teacher.exp() * (teacher - own)).sum()
     assert loss.item() == pytest.approx(grouped.item() / counted.item(), rel=1e-4)
     assert half.item() == pytest.approx(loss.item() / 2)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(loss.item())  # Trainer counts the same tokens
     assert 0.01 < grouped.item() < full.item() if top_k else grouped.item() == full.item() > 0.01
     loss.backward()
     gradients = {name for name, parameter in trainer.model.named_parameters() if parameter.grad is not None}
