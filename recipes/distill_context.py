@@ -382,7 +382,7 @@ def _pad_left(rows: list[torch.Tensor], value: float) -> torch.Tensor:
 class DistillationCollator:
     """Makes a batch of rows that a [`Teacher`] has seen.
 
-    Besides the model's inputs it has "labels" (B, S), from which Trainer counts the answers' tokens, and the teacher's
+    Besides the model's inputs it has "labels" (B, S), which are -100 but for the answers, and the teacher's
     log-probabilities: "teacher_ids" and "teacher_logprobs" (B, N, k), "teacher_rest" (B, N). N is the longest answer,
     and k is `top_k`.
     """
@@ -427,12 +427,14 @@ def run_student(model: nn.Module, batch: dict) -> tuple[CausalLMOutputWithPast, 
 
 
 class DistillationTrainer(Trainer):
-    """Trainer with the divergence from the teacher as the loss: `compute_loss_func` sees nothing but `labels`."""
+    """Trainer with the divergence from the teacher as the loss, the mean over the tokens of a batch's answers.
+
+    Trainer's own argument for a loss, `compute_loss_func`, is given nothing of a batch but "labels".
+    """
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The mean over the answers' tokens, of all batches of a step where Trainer has counted them."""
         outputs, divergences = run_student(model, inputs)
-        loss = divergences.sum() / (len(divergences) if num_items_in_batch is None else num_items_in_batch)
+        loss = divergences.mean()
         return (loss, outputs) if return_outputs else loss
 
 
@@ -467,6 +469,7 @@ def prepare(model_args: ModelArguments, args: ContextArguments, batch_size: int,
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0  # in frozen layers, dropout only adds noise
+    model.accepts_loss_kwargs = False  # Trainer then divides the loss by `gradient_accumulation_steps`
     teacher = _with_prompt(model, tokenizer, frame, "INPUT", length)
     if inputs is None:
         inputs = sample_inputs(teacher, tokenizer, frame, args, batch_size, folder)
