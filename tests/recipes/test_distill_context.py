@@ -12,6 +12,7 @@ import distill as measure_distill
 import distill_context
 import pytest
 import torch
+from datasets import Dataset
 from distill_context import ContextArguments, DistillationCollator, Teacher
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -23,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 LAYERS, V = 2, 4
+STOP = "a"  # ends some of the answers early
 CONTEXT = "Mara sells a lamp at the mill on Monday. Ines sells a kite by the river, and Bo has drums."
 CHAT = (
     "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }}{{ eos_token }}{% endfor %}"
@@ -95,17 +97,19 @@ def front_ids(task: distill_context.Task) -> list[int]:
 
 
 def test_the_teacher_is_the_model_behind_the_context(tiny, tmp_path):
-    task = prepare(tiny, tmp_path, top_k=5)
+    task = prepare(tiny, tmp_path, top_k=5, stop=STOP)
     base, front = AutoModelForCausalLM.from_pretrained(tiny["model_name_or_path"]).eval(), front_ids(task)
     assert front[0] == task.tokenizer.bos_token_id
     assert CONTEXT in task.tokenizer.decode(front)
     rows = [*task.data["train"], *task.data["test"]]
-    assert len({len(row["text_ids"]) for row in rows}) > 1
+    assert min(len({len(row[name]) for row in rows}) for name in ("text_ids", "answer_ids")) > 1
     for row in rows:
         assert task.tokenizer.decode(row["text_ids"]).strip() == row["input"]
         ids = torch.tensor([[*front, *row["text_ids"]]])
         whole = base.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=6)
-        assert row["answer_ids"] == whole[0, ids.shape[1] :].tolist()
+        whole = whole[0, ids.shape[1] :].tolist()
+        ended = [i for i in range(1, 7) if STOP in task.tokenizer.decode(whole[:i])]
+        assert row["answer_ids"] == whole[: min(ended, default=6)]
         expected = log_probabilities(base, front, row)
         top, top_ids = expected.topk(5)
         assert row["teacher_ids"] == top_ids.tolist()
@@ -126,6 +130,9 @@ def test_the_loss_is_the_divergence_of_the_distributions(tiny, tmp_path, top_k):
     """Of the full ones where k is the vocabulary. Otherwise all other tokens count as one."""
     task = prepare(tiny, tmp_path, top_k=top_k or vocabulary(tiny))
     base, rows = AutoModelForCausalLM.from_pretrained(tiny["model_name_or_path"]).eval(), task.data["test"].to_list()
+    names = ("answer_ids", "teacher_ids", "teacher_logprobs", "teacher_rest")
+    rows[0] |= {name: rows[0][name][:2] for name in names}  # one answer is shorter
+    task.data["test"] = Dataset.from_list(rows)
     trainer = student(task, "INPUT", V, tmp_path)
     batch = DistillationCollator(task.tokenizer.pad_token_id)(rows)
     counted = (batch["labels"] != -100).sum()
