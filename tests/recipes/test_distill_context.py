@@ -253,8 +253,9 @@ def test_the_teacher_answers_once(tiny, tmp_path, monkeypatch):
         prepare(tiny, tmp_path, top_k=3)
     other = tmp_path / "other.txt"
     other.write_text(CONTEXT.replace("lamp", "kite"))
-    with pytest.raises(pytest.fail.Exception, match="asked again"):
-        prepare(tiny, tmp_path, context_file=str(other))
+    for changes in ({"context_file": str(other)}, {"template": "Q: {input}\n"}, {"stop": "a"}):
+        with pytest.raises(pytest.fail.Exception, match="asked again"):
+            prepare(tiny, tmp_path, **changes)
 
 
 def test_the_model_makes_up_inputs(tiny, tmp_path):
