@@ -224,6 +224,18 @@ def test_a_run_writes_the_prompt_and_the_report(tiny, tmp_path, depth, capsys):
     assert loaded["kl"] == pytest.approx(kl["prompt"], rel=1e-4)
 
 
+def test_a_kept_context_is_read_behind_in_each_round(tiny, tmp_path):
+    task = prepare(tiny, tmp_path)
+    model, seen = student(task, "DEEP", V, tmp_path).model, set()
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.add(kwargs["attention_mask"].shape[1]), with_kwargs=True
+    )
+    seconds = distill_context.time_prefill(model, task, rounds=3)
+    assert {name: len(values) for name, values in seconds.items()} == dict.fromkeys(distill_context.CASES, 3)
+    text = sorted(map(len, task.data["test"]["text_ids"]))[1]
+    assert seen == {text, task.context_tokens, task.context_tokens + text}
+
+
 def test_training_lowers_the_divergence(tiny, tmp_path):
     run(distill_context, {**tiny, **RUN, "max_steps": 20, "learning_rate": 0.01, "output_dir": tmp_path / "output"})
     report = json.loads((tmp_path / "output" / "distillation.json").read_text())
