@@ -6,16 +6,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from tempfile import TemporaryDirectory
 from typing import Any, Optional
 
 import torch
 from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 from torch import nn
 
-from .adapters.by_row import use_adapters
+from .adapters.by_row import choose_for_call, use_adapters
 from .adapters.checks import check_adapter
 from .adapters.deep_start import DeepStart, find_deep_start
 from .adapters.installation import install, take_deep_prompts
@@ -87,6 +87,8 @@ class PromptBank:
         return bank
 
     def _attach(self, model: nn.Module, file: Optional[BankFile]) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"A prompt bank is put on a model that is loaded, got a {type(model).__name__}.")
         base = base_of(model)
         layer, stack = find_layer(base), find_stack(base)
         if layer is not None and layer.bank is not None:
@@ -152,14 +154,33 @@ class PromptBank:
         self._prompts.shapes[config.prompt_stacks] = start.shapes
 
     def __call__(self, *args: Any, adapter_names: Optional[list] = None, **kwargs: Any) -> Any:
-        """Calls the model, with a prompt for each row where `adapter_names` is given. See [`use_adapters`]."""
-        with nullcontext() if adapter_names is None else use_adapters(self._base, adapter_names):
+        """Calls the model, with a prompt for each row where `adapter_names` is given. See [`use_adapters`].
+
+        A name in place of the list is that of all rows.
+        """
+        with self._choose(adapter_names, args, kwargs):
             return self._model(*args, **kwargs)
 
     def generate(self, *args: Any, adapter_names: Optional[list] = None, **kwargs: Any) -> Any:
         """`generate` of the model, with a prompt for each row where `adapter_names` is given."""
-        with nullcontext() if adapter_names is None else use_adapters(self._base, adapter_names), repeating():
+        with self._choose(adapter_names, args, kwargs), repeating():
             return self._model.generate(*args, **kwargs)
+
+    def _choose(self, adapter_names: Any, args: tuple, kwargs: dict[str, Any]) -> AbstractContextManager:
+        if adapter_names is None:
+            return nullcontext()
+        self._check_attached()
+        if isinstance(adapter_names, str):
+            return use_adapters(self._base, adapter_names)
+        return choose_for_call(self._base, adapter_names, args, kwargs)
+
+    def _check_attached(self) -> None:
+        """Refuses to go on where the model would not see it, or sees another bank."""
+        if self.layer is None or self.layer.bank is not self._prompts:
+            raise ValueError(
+                f"This bank is not on its {type(self._base).__name__} any more: it was unloaded, or the model's input "
+                "embedding was replaced. Make or open a bank on the model again."
+            )
 
     @property
     def base_model(self) -> nn.Module:
@@ -176,7 +197,13 @@ class PromptBank:
         return self._prompts.config(name).num_virtual_tokens
 
     def vectors(self, name: str) -> torch.Tensor:
-        """The vectors of a prompt at the input, (V, H)."""
+        """The vectors of a prompt at the input, (V, H).
+
+        Raises:
+            ValueError: There is none of this name, or it is deep.
+        """
+        if self._prompts.config(name).is_deep:
+            raise ValueError(f"The prompt {name!r} is deep: it consists of keys and values, and has no vectors.")
         return self._prompts[name].table
 
     def why_more_than_vectors(self, name: str) -> Optional[str]:
@@ -216,6 +243,9 @@ class PromptBank:
         """
         if not isinstance(name, str) or name in ("", BASE):
             raise ValueError(f"The name of a prompt must be a text, and not empty or {BASE!r}, got {name!r}.")
+        self._check_attached()
+        if not isinstance(source, (nn.Module, str, os.PathLike)):
+            raise TypeError(f"`source` must be a model with an adapter, or its folder, got a {type(source).__name__}.")
         if name in self.layer.ptuning_encoders:
             raise ValueError(f"The model has an adapter {name!r}. Choose another name, or delete the adapter first.")
         adapter = find_adapter(source, adapter_name) if isinstance(source, nn.Module) else None
@@ -248,6 +278,7 @@ class PromptBank:
         Raises:
             ValueError: There is none of this name.
         """
+        self._check_attached()
         if name not in self._prompts:
             raise ValueError(f"There is no prompt {name!r} in the bank, only {list_names(self._prompts)}.")
         self._prompts.remove(name)
@@ -283,7 +314,7 @@ class PromptBank:
     def unload(self) -> nn.Module:
         """Takes the bank away, and returns the model as it was before. Adapters that it has stay."""
         layer, stack = find_layer(self._base), find_stack(self._base)
-        if layer is not None:
+        if layer is not None and (layer.bank is None or layer.bank is self._prompts):
             layer.bank = None
             for name in self._prompts if stack is not None else ():
                 stack.ptuning.states.drop(name)
@@ -304,6 +335,8 @@ def _find(model_id: str, subfolder: Optional[str], kwargs: dict[str, Any]) -> st
     if not os.path.isdir(folder):
         try:
             return hf_hub_download(model_id, FILE_NAME, subfolder=subfolder, **kwargs)
+        except LocalEntryNotFoundError:  # offline: nobody can tell
+            raise
         except (EntryNotFoundError, HFValidationError):
             pass
     raise ValueError(f"{folder} has no {FILE_NAME}: it is no prompt bank.")

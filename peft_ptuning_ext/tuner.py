@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
-from .adapters.by_row import choose_adapters, may_repeat
+from .adapters.by_row import choose_for_call
 from .adapters.checks import check_adapter, check_is_new, check_weights
 from .adapters.deep_start import find_deep_start
 from .adapters.installation import install, take_deep_prompts
@@ -270,7 +270,7 @@ class PTuningModel(BaseTuner):
         if adapter_names is None:
             yield
             return
-        with choose_adapters(self.model, adapter_names, may_repeat(args, kwargs)):
+        with choose_for_call(self.model, adapter_names, args, kwargs):
             yield
 
     def generate(self, *args, **kwargs):
@@ -390,7 +390,9 @@ class PTuningModel(BaseTuner):
         prompts = [name for name in self.peft_config if self._is_prompt(name)]
         remove_adapters(self.model, prompts)
         backbone = self.model.get_submodule(self._backbone.name)
-        is_shared = any(isinstance(module, PTuningLayer) for module in backbone.modules())
+        # A bank trains nothing, and freezes nothing.
+        layers = [module for module in backbone.modules() if isinstance(module, PTuningLayer)]
+        is_shared = any(layer.ptuning_encoders for layer in layers)
         # Where another model has prompts on this backbone, it stays frozen for them.
         frozen = {p for name, p in backbone.named_parameters() if is_shared and ENCODER_KEY not in name}
         if has_other_methods(self.model):  # their adapters stay, and the model frozen for them

@@ -13,9 +13,12 @@ import warnings
 from collections import Counter
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
+from accelerate import cpu_offload
 from families import CELLS, FAMILIES, make_model
+from huggingface_hub.errors import LocalEntryNotFoundError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from making import make_adapted, make_config
@@ -181,7 +184,7 @@ def test_beside_adapters(tmp_path) -> None:
     bank.save(tmp_path)
     bank = PromptBank.from_pretrained(beside, tmp_path)
     torch.testing.assert_close(beside(**batch, adapter_names=rows).logits, expected, **CLOSE)
-    with pytest.raises(ValueError, match="has an adapter named 'long' already"):
+    with pytest.raises(ValueError, match="has a prompt 'long'"):
         beside.add_adapter("long", make_config("CAUSAL_LM"))
     with pytest.raises(ValueError, match="The model has an adapter 'default'"):
         bank.add(model, "default")
@@ -490,6 +493,186 @@ def test_no_bank(tmp_path) -> None:
     with pytest.raises(ValueError, match="its header does not tell what it holds"):
         PromptBank.from_pretrained(base, tmp_path)
     check_same(look(base, batch), before)
+
+
+@torch.no_grad()
+def test_names_are_as_many_as_rows() -> None:
+    """Two names for four rows are a mistake, and not one name for each two rows."""
+    model, batch = make_many(), make_batch("Llama", "CAUSAL_LM", lengths=(S, S, S, S))
+    bank, ids = fill(model), batch["input_ids"]
+    for call, options in ((bank, {}), (bank.generate, {"max_new_tokens": 2}), (model.generate, {"max_new_tokens": 2})):
+        with pytest.raises(ValueError, match="batch has 4 rows, and `adapter_names` has 2"):
+            call(**batch, adapter_names=["default", "long"], **options)
+    with pytest.raises(ValueError, match="batch has 4 rows, and `adapter_names` has 2"):
+        bank.generate(ids, adapter_names=["default", "long"], max_new_tokens=2)
+    assert len(bank.generate(ids[:2], adapter_names=["default", "long"], max_new_tokens=2, num_beams=2)) == 2
+    assert torch.equal(bank(**batch, adapter_names="long").logits, bank(**batch, adapter_names=["long"] * 4).logits)
+
+
+@torch.no_grad()
+def test_a_bank_that_was_unloaded() -> None:
+    """It does not touch the bank that the model has now, and says so."""
+    model, batch = make_many(), make_batch("Llama", "CAUSAL_LM")
+    old = fill(model)
+    new = PromptBank(old.unload())
+    new.add(model, "long", adapter_name="default")
+    expected = new(**batch, adapter_names="long").logits
+    calls = [
+        lambda: old(**batch, adapter_names=["long", "long"]),
+        lambda: old.generate(**batch, adapter_names="long", max_new_tokens=2),
+        lambda: old.add(model, "other", adapter_name="deep"),
+        lambda: old.delete("long"),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match="This bank is not on its LlamaForCausalLM any more"):
+            call()
+    old.unload()
+    assert torch.equal(new(**batch, adapter_names="long").logits, expected)
+    new.unload()
+    for call in calls:
+        with pytest.raises(ValueError, match="This bank is not on its LlamaForCausalLM any more"):
+            call()
+
+
+@pytest.mark.parametrize("bank_first", [False, True])
+def test_what_trains_is_as_before_the_adapters(bank_first) -> None:
+    """A bank that stays on the model freezes nothing."""
+    base = make_model("Llama", "CAUSAL_LM")
+    bank = PromptBank(base) if bank_first else None
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "You are trying to modify a model with PEFT for a second time")
+        model = get_peft_model(base, make_config("CAUSAL_LM"))
+    bank = PromptBank(model) if bank is None else bank
+    model.unload()
+    assert all(parameter.requires_grad for parameter in base.parameters())
+    bank.unload()
+    assert all(parameter.requires_grad for parameter in base.parameters())
+
+
+@torch.no_grad()
+def test_nothing_stays_on_heads() -> None:
+    base, batch = make_model("RoBERTa", "SEQ_CLS").eval(), make_batch("RoBERTa", "SEQ_CLS")
+    before = {name: set(vars(module)) for name, module in base.named_modules()}
+    bank = PromptBank(base)
+    bank.add(make_many("RoBERTa", "SEQ_CLS", ["default"]), "first")
+    bank(**batch, adapter_names=["first", BASE])
+    bank.unload()
+    assert not any(module._forward_hooks for module in base.modules())
+    assert {name: set(vars(module)) for name, module in base.named_modules()} == before
+
+
+@torch.no_grad()
+def test_disabled_adapters() -> None:
+    """A prompt that is asked for by name is not left out in silence, and is there when no adapter is left."""
+    model, batch = make_many(), make_batch("Llama", "CAUSAL_LM")
+    bank = fill(model)
+    expected = bank(**batch, adapter_names="long").logits
+    bank.base_model.add_adapter(make_config("CAUSAL_LM"), "own")
+    bank.base_model.disable_adapters()
+    with pytest.raises(ValueError, match="the adapters of the model are disabled, and the bank with them"):
+        bank(**batch, adapter_names="long")
+    bank.base_model.delete_adapter("own")
+    assert torch.equal(bank(**batch, adapter_names="long").logits, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@torch.no_grad()
+def test_heads_in_other_dtypes(dtype, tmp_path) -> None:
+    """A head is used in the model's dtype, also when that changes between two calls."""
+    model, batch = make_many("RoBERTa", "SEQ_CLS"), make_batch("RoBERTa", "SEQ_CLS")
+    bank, rows = reopened(fill(model, "RoBERTa", "SEQ_CLS"), tmp_path, "RoBERTa", "SEQ_CLS"), ["default", "network"]
+    bank(**batch, adapter_names=rows)
+    bank.base_model.to(dtype)
+    found = bank(**batch, adapter_names=rows).logits
+    encoders = model.base_model._layer().ptuning_encoders
+    kept = copy.deepcopy(encoders)
+    model.to(dtype)
+    encoders.float().load_state_dict(kept.state_dict())
+    torch.testing.assert_close(found, model(**batch, adapter_names=rows).logits, **CLOSE)
+
+
+def test_heads_where_they_can_not_be() -> None:
+    """Offloaded weights would be those of the base model; and LoRA inside a head has no place in that of a row."""
+    model, batch = make_many("RoBERTa", "SEQ_CLS", ["default"]), make_batch("RoBERTa", "SEQ_CLS")
+    base = make_model("RoBERTa", "SEQ_CLS").eval()
+    cpu_offload(base, execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match="'classifier' of its own, and the weights of the model's are offloaded"):
+        PromptBank(base).add(model, "first")
+    lora = LoraConfig(target_modules=["query", "dense"])
+    with_lora = get_peft_model(make_model("RoBERTa", "SEQ_CLS"), lora)
+    with pytest.raises(ValueError, match="other tensors in 'classifier'.*an adapter of another method"):
+        PromptBank(with_lora).add(model, "first")
+    bank = fill(model, "RoBERTa", "SEQ_CLS")
+    bank.base_model.add_adapter(lora)
+    with pytest.raises(ValueError, match="'classifier' of the bank does not fit into the model any more"):
+        bank(**batch, adapter_names="default")
+
+
+@torch.no_grad()
+def test_modules_inside_the_backbone() -> None:
+    """Prompts are computed apart from the rows, with the module of their adapter where all rows have the same."""
+    base, batch = make_model("Llama", "CAUSAL_LM"), make_batch("Llama", "CAUSAL_LM")
+    model = get_peft_model(base, make_config("CAUSAL_LM", modules_to_save=["mlp"])).eval()
+    for name, parameter in model.named_parameters():
+        if "modules_to_save" in name:
+            parameter.data.normal_(std=0.3)
+    expected, bank = model(**batch).logits, fill(model)
+    for found in (model, bank):
+        logits = found(**batch, adapter_names=["default"] * 2).logits
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_replaced_while_it_is_made_ready(monkeypatch) -> None:
+    """What a thread makes of a former prompt does not stay for the calls that come after."""
+    model, batch = make_many(), make_batch("Llama", "CAUSAL_LM")
+    bank = fill(model)
+    make, changes = stored.StoredPrompts._make_ready, [lambda: bank.add(model, "network", adapter_name="long")]
+
+    def replace_meanwhile(prompts, name, *args):
+        ready = make(prompts, name, *args)
+        if changes:
+            changes.pop()()
+        return ready
+
+    monkeypatch.setattr(stored.StoredPrompts, "_make_ready", replace_meanwhile)
+    bank(**batch, adapter_names="network")
+    found = bank(**batch, adapter_names="network").logits
+    assert torch.equal(found, bank(**batch, adapter_names="long").logits)
+
+
+@torch.no_grad()
+def test_written_to_while_it_is_open(tmp_path) -> None:
+    """Others' numbers are not taken for a prompt; a file that is moved there, or deleted, changes nothing."""
+    model, batch = make_many(), make_batch("Llama", "CAUSAL_LM")
+    bank = reopened(fill(model), tmp_path / "one")
+    other = reopened(fill(model), tmp_path / "other")
+    expected = model(**batch, adapter_names=["long", "long"]).logits
+    fill(make_many(names=["default"])).save(tmp_path / "one")
+    torch.testing.assert_close(bank(**batch, adapter_names="long").logits, expected, **CLOSE)
+    shutil.copyfile(tmp_path / "one" / FILE, tmp_path / "other" / FILE)
+    with pytest.raises(ValueError, match="was written to after the prompt bank was opened"):
+        other(**batch, adapter_names="long")
+    (tmp_path / "one" / FILE).unlink()
+    bank(**batch, adapter_names="network")
+
+
+def test_what_is_no_model_or_source(monkeypatch) -> None:
+    bank = fill(make_many())
+    with pytest.raises(TypeError, match="on a model that is loaded, got a str"):
+        PromptBank("gpt2")
+    with pytest.raises(TypeError, match="a model with an adapter, or its folder, got a PromptBank"):
+        bank.add(bank, "other")
+    with pytest.raises(TypeError, match="Of a bank pass `bank.base_model`"), use_adapters(bank, "long"):
+        pass
+    for ask in (bank.length, bank.vectors):
+        with pytest.raises(ValueError, match="There is no prompt 'none' in the bank, only"):
+            ask("none")
+    with pytest.raises(ValueError, match="'deep' is deep"):
+        bank.vectors("deep")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(LocalEntryNotFoundError):  # whether there is a bank can't be told
+        PromptBank.from_pretrained(make_model("Llama", "CAUSAL_LM"), "somebody/bank")
 
 
 FUZZ = settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck), database=None)

@@ -14,13 +14,16 @@ from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
 
 from ..prompts.adapter import base_of, find_layer
-from ..prompts.choice import Names, Rows, choosing, chosen_rows, read_rows
+from ..prompts.choice import BASE, CHOOSING, Names, Rows, choosing, chosen_rows, read_rows
 from ..prompts.layer import PTuningLayer
 from ..prompts.stored import Ready
 
 
 # Arguments of `generate` that `forward` does not have.
 OF_GENERATE = {"generation_config", "max_length", "max_new_tokens", "num_beams", "num_return_sequences", "streamer"}
+
+# Arguments that have a row for each of the batch.
+OF_INPUT = ("input_ids", "inputs", "inputs_embeds")
 
 # The attribute of a head that has the hook.
 HOOKED = "ptuning_by_row"
@@ -52,7 +55,19 @@ def use_adapters(model: nn.Module, adapter_names: str | Sequence[str | tuple[str
     ```
     """
     names = [adapter_names] if isinstance(adapter_names, str) else adapter_names  # one row, and all are in its place
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"`use_adapters` takes a model, got a {type(model).__name__}. Of a bank pass `bank.base_model`."
+        )
     with choose_adapters(base_of(model), names, may_repeat=True):
+        yield
+
+
+@contextmanager
+def choose_for_call(model: nn.Module, adapter_names: Any, args: tuple, kwargs: dict[str, Any]) -> Iterator[None]:
+    """As [`choose_adapters`], for one call of the model or of its `generate` with these arguments."""
+    _check_number(adapter_names, args, kwargs)
+    with choose_adapters(model, adapter_names, _may_repeat(args, kwargs)):
         yield
 
 
@@ -69,6 +84,7 @@ def choose_adapters(model: nn.Module, adapter_names: Any, may_repeat: bool) -> I
     if layer is None:
         raise ValueError(f"This {type(model).__name__} has no P-tuning adapter of this package, and no prompt bank.")
     rows = read_rows(adapter_names, layer.known, may_repeat)
+    _check_enabled(layer, rows)
     heads = _find_heads(model, layer, set(rows.names))
     for module in model.modules():
         if isinstance(module, TrainableTokensWrapper):
@@ -80,7 +96,30 @@ def choose_adapters(model: nn.Module, adapter_names: Any, may_repeat: bool) -> I
         yield
 
 
-def may_repeat(args: tuple, kwargs: dict[str, Any]) -> bool:
+def _check_number(adapter_names: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Refuses names that are not one for each row that is given: a row that becomes several does so later."""
+    given = [*args[:1], *(kwargs.get(name) for name in OF_INPUT)]
+    rows = next((len(value) for value in given if isinstance(value, torch.Tensor) and value.dim()), None)
+    if rows is None or not isinstance(adapter_names, (list, tuple)) or not adapter_names:
+        return
+    if rows != len(adapter_names):
+        raise ValueError(
+            f"The batch has {rows} rows, and `adapter_names` has {len(adapter_names)}. Pass one name for each row of "
+            f"the batch; {BASE!r} is a row without an adapter."
+        )
+
+
+def _check_enabled(layer: PTuningLayer, rows: Rows) -> None:
+    """Refuses prompts of a bank while they would be left out."""
+    stored = [name for names in rows.names for name in names if name not in layer.ptuning_encoders]
+    if layer.disable_adapters and stored:
+        raise ValueError(
+            f"`adapter_names` has {stored[0]!r} of the bank, and the adapters of the model are disabled, and the bank "
+            "with them. Enable them first; where no adapter is left, by `bank.layer.enable_adapters(True)`."
+        )
+
+
+def _may_repeat(args: tuple, kwargs: dict[str, Any]) -> bool:
     """Whether a call with these arguments may turn a row into several: `generate`, and the choices of a question."""
     ids = kwargs.get("input_ids", args[0] if args else None)
     has_choices = isinstance(ids, torch.Tensor) and ids.dim() == 3 and not ids.is_floating_point()
@@ -131,6 +170,9 @@ def _apply_heads(module: nn.Module, args: tuple, kwargs: dict[str, Any], output:
     rows = chosen_rows(module)
     if rows is None or getattr(module, "disable_adapters", False):
         return None
+    if len(set(rows.names)) == 1:  # also inside the backbone, which computes prompts that are not as many as the rows
+        head = rows.heads[module][rows.names[0]]
+        return None if head is None else head(*args, **kwargs)
     inputs, *others = args
     heads = [rows.heads[module][names] for names in rows.of_batch(type(module).__name__, len(inputs))]
     outputs, order = [], []
@@ -139,6 +181,14 @@ def _apply_heads(module: nn.Module, args: tuple, kwargs: dict[str, Any], output:
         outputs.append(output[own] if head is None else head(inputs[own], *others, **kwargs))
         order += own
     return torch.cat(outputs)[torch.tensor(order, device=output.device).argsort()]
+
+
+def remove_hooks(model: nn.Module) -> None:
+    """Takes off what the choice of adapters has left on modules of a model."""
+    for module in model.modules():
+        if (hook := vars(module).pop(HOOKED, None)) is not None:
+            hook.remove()
+        vars(module).pop(CHOOSING, None)
 
 
 def _check_same_rows(wrapper: TrainableTokensWrapper, rows: Rows) -> None:

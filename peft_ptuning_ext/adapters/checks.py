@@ -41,6 +41,11 @@ COMMON_ARGUMENTS += ("output_attentions", "output_hidden_states", "return_dict")
 def check_is_new(model: nn.Module, adapter_name: str) -> None:
     """Raises `ValueError` if the backbone has an adapter of this name, which another model around it was given."""
     layers = [module for module in model.modules() if isinstance(module, PTuningLayer)]
+    if any(layer.bank is not None and adapter_name in layer.bank for layer in layers):
+        raise ValueError(
+            f"The prompt bank of this {type(model).__name__} has a prompt {adapter_name!r}. Choose another name for "
+            "the adapter, or delete the prompt from the bank first."
+        )
     if any(adapter_name in layer.known for layer in layers):
         raise ValueError(
             f"The backbone of this {type(model).__name__} has an adapter named {adapter_name!r} already, which "

@@ -19,6 +19,7 @@ from ..files.checkpoint import ENCODER_KEY, CheckpointSource, read_prompt, read_
 from ..prompts.adapter import Adapter
 from ..prompts.build import build_encoder
 from ..prompts.deep import Shapes, describe, shapes_of, to_table
+from ..prompts.layer import execution_device
 from ..prompts.stored import SETTINGS
 from .checks import check_weights
 
@@ -127,8 +128,18 @@ def check_modules(modules: Mapping[str, Mapping[str, Any]], model: nn.Module, wh
                 "model."
             ) from None
         own = own.original_module if isinstance(own, ModulesToSaveWrapper) else own
+        if any(execution_device(part) is not None for part in own.modules()):
+            raise ValueError(
+                f"{whose} has a module {path!r} of its own, and the weights of the model's are offloaded. Load the "
+                "model with a `device_map` that keeps it on a device."
+            )
         expected = {name: tuple(value.shape) for name, value in own.state_dict().items()}
         found = {name: tuple(getattr(value, "shape", value)) for name, value in state.items()}
+        if odd := sorted(found.keys() ^ expected.keys()):
+            raise ValueError(
+                f"{whose} and this {type(model).__name__} have other tensors in {path!r}: one of both has no "
+                f"{odd[0]!r}. If an adapter of another method stands in that module of the model, unload it."
+            )
         if found != expected:
             raise ValueError(
                 f"{whose} has {path!r} of shapes {found}, and the model's has {expected}. Rows of one batch have "

@@ -14,6 +14,7 @@ from ..files.checkpoint import ENCODER_KEY
 from ..forward.wrap import detach
 from ..prompts.adapter import find_layer, find_stack
 from ..prompts.layer import PTuningLayer
+from .by_row import remove_hooks
 from .requires_grad import requires_grad_by_name, restore_requires_grad
 from .vocabulary import restore_resizing_and_tying
 
@@ -37,6 +38,7 @@ def remove_adapters(model: nn.Module, adapter_names: Iterable[str]) -> None:
         if find_stack(model) is not None:  # somebody has replaced the embedding, and the tuner layer with it
             detach(model)
         restore_resizing_and_tying(model)
+        remove_hooks(model)
 
 
 def _remove_prompts(model: nn.Module, path: str, layer: PTuningLayer, names: set[str]) -> None:
@@ -49,8 +51,10 @@ def _remove_prompts(model: nn.Module, path: str, layer: PTuningLayer, names: set
             detach(model)
         getattr(model, "hf_device_map", {}).pop(f"{path}{ENCODER_KEY}".rstrip("."), None)
         model.set_submodule(path, layer.base_layer)
-    elif names & set(layer.active_adapters):
+        return
+    if names & set(layer.active_adapters):
         layer.set_adapter(next(iter(layer.ptuning_encoders), []))
+    layer.enable_without_adapters()
 
 
 def _remove_trained_copies(model: nn.Module, path: str, wrapper: AuxiliaryTrainingWrapper, names: set[str]) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 
 def requires_grad_by_name(model: nn.Module) -> dict[str, bool]:
     """Returns `requires_grad` of each parameter of a model."""
-    return {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    return {_plain(name): parameter.requires_grad for name, parameter in model.named_parameters()}
 
 
 def restore_requires_grad(
@@ -21,7 +21,12 @@ def restore_requires_grad(
     """Sets `requires_grad` of a model's parameters to what it was before, unless they are to stay frozen."""
     for name, parameter in model.named_parameters():
         if parameter not in frozen:
-            parameter.requires_grad_(before.get(name, parameter.requires_grad))
+            parameter.requires_grad_(before.get(_plain(name), parameter.requires_grad))
+
+
+def _plain(name: str) -> str:
+    """The name of a parameter in the base model: a tuner layer may have come or gone around it."""
+    return name.replace(".base_layer.", ".")
 
 
 @contextmanager

@@ -107,8 +107,10 @@ class BankFile:
         """Reads one prompt.
 
         Raises:
-            ValueError: Some of its values are NaN, infinite or no numbers to be trained.
+            ValueError:
+                Some of its values are NaN, infinite or no numbers to be trained, or somebody has written to the file.
         """
+        self._check_is_same()
         modules = {
             path: {tensor: self._file.get_tensor(_module_key(path, tensor, name)) for tensor in state}
             for path, state in self.modules.get(name, {}).items()
@@ -116,6 +118,18 @@ class BankFile:
         record = Record(self._file.get_tensor(f"{PROMPT}:{name}"), self.settings.get(name, {}), modules)
         check_record(record, f"{self.path}, prompt {name!r}")
         return record
+
+    def _check_is_same(self) -> None:
+        """Refuses a file into which others have written: its numbers are others, or gone."""
+        try:
+            found = _identify(self.path)
+        except OSError:  # deleted or moved away: what is open stays
+            return
+        if found != self._identity and found[0] == self._identity[0]:
+            raise ValueError(
+                f"{self.path} was written to after the prompt bank was opened. Open the bank again. To replace a file "
+                "that is in use, move another one to its place, as `save` does."
+            )
 
     def __deepcopy__(self, memo: dict) -> BankFile:
         return self  # nothing of it changes

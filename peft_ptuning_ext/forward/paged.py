@@ -28,7 +28,7 @@ from transformers.generation.continuous_batching.cache import PagedAttentionCach
 
 from ..backbone import own_name
 from ..prompts.adapter import find_stack, layer_of
-from ..prompts.choice import Rows
+from ..prompts.choice import Rows, describe
 from ..prompts.layer import PTuningLayer
 from ..prompts.prompt import Prompt
 from .attention import adapt_attention
@@ -210,7 +210,7 @@ def _serve(stack: PreTrainedModel) -> Served:
         return Served(())
     if (reason := _why_not(stack, layer)) is not None:
         raise ValueError(
-            f"Continuous batching can't put the prompt of adapter {names[0]!r} in front of the texts of a "
+            f"Continuous batching can't put the prompt of {describe(names)} in front of the texts of a "
             f"{type(stack).__name__}: {reason}. Call `generate` with a padded batch."
         )
     with torch.no_grad(), in_evaluation(stack):

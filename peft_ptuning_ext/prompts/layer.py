@@ -272,6 +272,12 @@ class PTuningLayer(nn.Module, BaseTunerLayer):
         others = [name for name in self._told if name != adapter_name and name not in self.ptuning_encoders]
         super().delete_adapter(adapter_name)
         self._told = [*others, *self._active_adapter]
+        self.enable_without_adapters()
+
+    def enable_without_adapters(self) -> None:
+        """Ends that adapters are disabled where none is left, for then nobody can: a bank would be disabled, too."""
+        if not self.ptuning_encoders:
+            self._disable_adapters = False
 
     def _freeze_constants(self) -> None:
         """PEFT makes all parameters of an encoder trainable, and an encoder's constants never are."""

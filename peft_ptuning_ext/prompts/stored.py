@@ -15,6 +15,7 @@ from torch import nn
 from ..config import PTuningConfig
 from ..files.bank import BankFile, Record
 from .build import build_encoder
+from .choice import list_names
 from .deep import DeepPromptEncoder, Shapes, states_of
 from .encoder import PromptEncoder
 
@@ -35,27 +36,41 @@ class Ready:
         encoder (`nn.Module`): Gives the vectors, or the keys and values, on the model's device.
         modules (`dict`): The state of the modules that were trained beside it, by their path in the model.
         nbytes (`int`): How much memory it needs.
+        source ([`~peft_ptuning_ext.files.bank.Record`], *optional*): What it was made of; `None`: the file.
     """
 
     encoder: PromptEncoder | DeepPromptEncoder
     modules: dict[str, dict[str, torch.Tensor]]
     nbytes: int
+    source: Optional[Record] = None
     made: dict[str, nn.Module] = field(default_factory=dict)
 
     def module(self, path: str, like: nn.Module) -> nn.Module:
         """The module that was trained for a path in the model, made from a copy of what the base model has there.
 
+        It has the dtype of the base model's and is on its device, as PEFT loads it.
+
         Raises:
-            ValueError: It has integers in place of numbers to compute with, or the other way round.
+            ValueError:
+                It has integers in place of numbers to compute with, or the other way round; or the base model's has
+                other tensors now.
         """
-        if path not in self.made:
-            made = copy.deepcopy(like).requires_grad_(False).eval()
-            for name, value in made.state_dict().items():
-                if value.is_floating_point() != (found := self.modules[path][name]).is_floating_point():
-                    raise ValueError(f"{path!r} of the bank has {name!r} of type {found.dtype}, not {value.dtype}.")
-            made.load_state_dict(self.modules[path], assign=True)
-            self.made[path] = made
-        return self.made[path]
+        own, given = like.state_dict(), self.modules[path]
+        made = self.made.get(path)
+        if made is not None and _kinds(made.state_dict()) == _kinds(own):
+            return made
+        if odd := sorted(own.keys() ^ given.keys()):
+            raise ValueError(
+                f"{path!r} of the bank does not fit into the model any more: one of both has no {odd[0]!r}. Adapters "
+                "of other methods can't stand in a module of which prompts of a bank have one of their own."
+            )
+        for name, value in own.items():
+            if value.is_floating_point() != given[name].is_floating_point():
+                raise ValueError(f"{path!r} of the bank has {name!r} of type {given[name].dtype}, not {value.dtype}.")
+        made = copy.deepcopy(like).requires_grad_(False).eval()
+        made.load_state_dict({name: given[name].to(value) for name, value in own.items()}, assign=True)
+        self.made[path] = made
+        return made
 
 
 class StoredPrompts(Mapping[str, Record]):
@@ -102,31 +117,42 @@ class StoredPrompts(Mapping[str, Record]):
         self._ready.pop(name, None)
 
     def config(self, name: str) -> PTuningConfig:
-        """The config of a prompt, which has no network."""
-        if self._records[name] is not None:
-            return config_of(self._records[name].table.shape, self._records[name].settings)
+        """The config of a prompt, which has no network.
+
+        Raises:
+            ValueError: There is none of this name.
+        """
+        if (record := self._find(name)) is not None:
+            return config_of(record.table.shape, record.settings)
         return config_of(self._file.shapes[name], self._file.settings.get(name, {}))
 
     def modules_of(self, name: str) -> Mapping[str, Any]:
         """The modules that were trained beside a prompt, by path in the model: their tensors, or the shapes."""
-        record = self._records[name]
+        record = self._find(name)
         return self._file.modules.get(name, {}) if record is None else record.modules
 
     def ready(self, name: str, device: torch.device) -> Ready:
         """Returns a prompt that is ready for use on a device.
 
         Raises:
-            KeyError: There is none of this name.
-            ValueError: Some of its values in the file are NaN or infinite.
+            ValueError: There is none of this name, or some of its values in the file are NaN or infinite.
         """
-        ready = self._ready.pop(name, None)
-        if ready is None or next(ready.encoder.parameters()).device != device:
-            ready = self._make_ready(name, device)
+        ready, source = self._ready.pop(name, None), self._find(name)
+        # Another thread may have replaced the prompt while this one had, or made, what was ready of the former.
+        if ready is None or ready.source is not source or next(ready.encoder.parameters()).device != device:
+            ready = self._make_ready(name, source, device)
         self._ready[name] = ready  # behind all that were used longer ago
         return ready
 
-    def _make_ready(self, name: str, device: torch.device) -> Ready:
-        record, config = self[name], self.config(name)
+    def _find(self, name: str) -> Optional[Record]:
+        try:
+            return self._records[name]
+        except KeyError:
+            raise ValueError(f"There is no prompt {name!r} in the bank, only {list_names(self)}.") from None
+
+    def _make_ready(self, name: str, source: Optional[Record], device: torch.device) -> Ready:
+        record = self._file.read(name) if source is None else source
+        config = config_of(record.table.shape, record.settings)
         shapes = self.shapes[config.prompt_stacks] if config.is_deep else None
         with torch.inference_mode(False), torch.no_grad():  # tensors of inference have no version counter
             with torch.device("meta"):
@@ -138,7 +164,7 @@ class StoredPrompts(Mapping[str, Record]):
                 for path, state in record.modules.items()
             }
         tensors = [record.table, *(value for state in modules.values() for value in state.values())]
-        ready = Ready(encoder, modules, OBJECTS + sum(tensor.nbytes for tensor in tensors))
+        ready = Ready(encoder, modules, OBJECTS + sum(tensor.nbytes for tensor in tensors), source)
         self._make_room(ready.nbytes)
         return ready
 
@@ -158,6 +184,10 @@ class StoredPrompts(Mapping[str, Record]):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_ready": {}}
+
+
+def _kinds(state: Mapping[str, torch.Tensor]) -> dict[str, tuple]:
+    return {name: (value.dtype, value.device) for name, value in state.items()}
 
 
 def config_of(shape: tuple[int, ...], settings: Mapping[str, Any]) -> PTuningConfig:
