@@ -17,6 +17,7 @@ something else gets an error.
 import argparse
 import json
 import tempfile
+import uuid
 import warnings
 from pathlib import Path
 
@@ -24,6 +25,7 @@ import uvicorn
 from fastapi import FastAPI, HTTPException
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from jinja2 import TemplateError
 from peft import PeftConfig
 from shared.language_model import HUB_NAME, find_language_model, public_name
 from transformers import AutoModelForCausalLM, AutoTokenizer, ContinuousBatchingConfig
@@ -44,7 +46,14 @@ warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", F
 
 # What all requests have in common, and what of a request would change it.
 SAMPLING = ("temperature", "top_p")
-FOR_ALL = (*SAMPLING, "seed", "stop", "frequency_penalty", "generation_config")
+FOR_ALL = (*SAMPLING, "seed", "generation_config")
+# What transformers' server leaves out in silence, and what it does; clients send some of these values by themselves.
+ONLY = {"n": 1, "best_of": 1, "stop": [], "frequency_penalty": 0, "presence_penalty": 0, "logit_bias": {}}
+ONLY |= {"echo": False, "logprobs": False, "top_logprobs": 0, "response_format": {"type": "text"}}
+ONLY |= {"tool_choice": "auto", "previous_response_id": None, "conversation": None}
+LENGTHS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+# What is raised where a field of a request has another type than it should.
+MALFORMED = (AttributeError, LookupError, TypeError, ValueError, TemplateError)
 # Paths of transformers' server with which a client could load other models, or drop this one.
 NOT_SERVED = ("/load_model", "/reset", "/v1/systemone", "/v1/audio/transcriptions")
 
@@ -56,27 +65,32 @@ class InFront(BaseGenerateManager):
         manager (`BaseGenerateManager`): What generates for all prompts.
         ids (`list[int]`): The prompt's, V of them.
         limit (`int`): How many positions the model has.
+        first (`int`): The first id of all prompts, behind those of texts.
     """
 
-    def __init__(self, manager: BaseGenerateManager, ids: list[int], limit: int) -> None:
-        self.manager, self.ids, self.limit = manager, ids, limit
+    def __init__(self, manager: BaseGenerateManager, ids: list[int], limit: int, first: int) -> None:
+        self.manager, self.ids, self.limit, self.first = manager, ids, limit, first
 
     def init_cb(self, model, gen_config) -> None:
         self.manager.init_cb(model, gen_config)
 
     def generate_streaming(self, model, processor, inputs, gen_config, request_id, **kwargs):
         inputs = self._put_in_front(inputs, gen_config)
-        return self.manager.generate_streaming(model, processor, inputs, gen_config, request_id, **kwargs)
+        return self.manager.generate_streaming(model, processor, inputs, gen_config, _unique(request_id), **kwargs)
 
     async def generate_non_streaming(self, model, processor, inputs, gen_config, request_id):
         inputs = self._put_in_front(inputs, gen_config)
-        text, length, ids = await self.manager.generate_non_streaming(model, processor, inputs, gen_config, request_id)
+        text, length, ids = await self.manager.generate_non_streaming(
+            model, processor, inputs, gen_config, _unique(request_id)
+        )
         return text, length - len(self.ids), ids
 
     def stop(self) -> None:
         self.manager.stop()
 
     def _put_in_front(self, inputs: dict, gen_config) -> dict:
+        if any(id >= self.first for id in inputs["input_ids"]):
+            raise HTTPException(400, "The text has entries of a prompt. Only `model` says which prompt is in front.")
         ids = [*self.ids, *inputs["input_ids"]]
         if len(ids) >= self.limit:
             raise HTTPException(
@@ -86,6 +100,11 @@ class InFront(BaseGenerateManager):
             )
         gen_config.max_new_tokens = min(gen_config.max_new_tokens, self.limit - len(ids))
         return {"input_ids": ids}
+
+
+def _unique(request_id: str) -> str:
+    """Clients may choose the same id, and two requests of one id end the batches of all."""
+    return f"{request_id}-{uuid.uuid4()}"
 
 
 class Prompts(GenerationState):
@@ -102,13 +121,21 @@ class Prompts(GenerationState):
     def __init__(self, folder: str, ids: dict, limit: int, sampling: dict, config: ContinuousBatchingConfig) -> None:
         super().__init__(continuous_batching=True, cb_config=config)
         self.folder, self.ids, self.limit, self.sampling = folder, ids, limit, sampling
+        self.first = min(id for own in ids.values() for id in own)
 
     def get_manager(self, model_id: str, use_cb: bool = False) -> InFront:
-        return InFront(super().get_manager(self.folder, use_cb), self.ids[model_id], self.limit)
+        return InFront(super().get_manager(self.folder, use_cb), self.ids[model_id], self.limit, self.first)
 
 
 class OfPrompts:
     """What a handler of transformers' server does otherwise here."""
+
+    async def handle_request(self, body: dict, request_id: str):
+        try:
+            return await super().handle_request(body, request_id)
+        except MALFORMED as error:
+            message = f"A field of the request is not what the API has there: {type(error).__name__}: {error}"
+            raise HTTPException(400, message) from error
 
     def _validate_request(self, body: dict) -> None:
         super()._validate_request(body)
@@ -124,6 +151,15 @@ class OfPrompts:
                     f"`{field}` is {body[field]!r}. This server samples all requests alike, with {state.sampling}. "
                     f"Leave `{field}` out.",
                 )
+        for field, value in ONLY.items():
+            if body.get(field) is not None and body[field] != value:
+                raise HTTPException(
+                    400, f"`{field}` is {body[field]!r}. This server can't do so. Leave `{field}` out."
+                )
+        for field in LENGTHS:
+            number = body.get(field)
+            if number is not None and (type(number) is not int or number < 1):
+                raise HTTPException(400, f"`{field}` must be a positive number of tokens, got {number!r}.")
 
     def _resolve_model(self, body: dict) -> tuple:
         name, body["model"] = body["model"], self.generation_state.folder
@@ -140,6 +176,9 @@ class Completion(OfPrompts, CompletionHandler):
 
 class Response(OfPrompts, ResponseHandler):
     text_field = "input"
+
+    async def handle_request(self, body: dict, request_id: str):
+        return await super().handle_request({"stream": False, **body}, request_id)  # transformers' own streams
 
 
 def make_app(folder: Path, base_name: str, sampling: dict, config: ContinuousBatchingConfig, device: str) -> FastAPI:
@@ -180,6 +219,8 @@ async def answer_error(request, error: HTTPException | RequestValidationError) -
 def collect(args: argparse.Namespace) -> tuple[PromptBank, str]:
     """The bank with all prompts, on its base model; and that model's folder or name."""
     folders = dict(pair.partition("=")[::2] for pair in args.adapters)
+    if len(folders) < len(args.adapters) or not all(folders.values()):
+        raise ValueError(f"`--adapters` takes name=folder for each prompt, each name once. Got {args.adapters}.")
     if not args.bank and not folders:
         raise ValueError("There is nothing to serve. Pass `--bank`, or `--adapters name=folder` for each prompt.")
     name = args.model_name_or_path

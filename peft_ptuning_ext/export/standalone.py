@@ -78,8 +78,10 @@ def export_standalone(
 
     Where a model multiplies its embeddings (Gemma) and is in bfloat16, the prompt is rounded once more, by up to 2⁻⁸.
 
-    Ids of the new entries begin behind the last row of the model's embedding. A text can't produce them: without a
-    chat template they have no name, and the template writes names that it removes from what it is given.
+    Ids of the new entries begin behind the last row of the model's embedding. Without a chat template they have no
+    name, and no text produces them. With one they have names between U+FDD0 and U+FDD1, which the template removes
+    from what it is given. A plain text that bypasses the template could have them: where strangers write such texts,
+    refuse their ids.
 
     The prompt comes with the special tokens of a plain text, and with the text of a chat template. What a template has
     rendered is therefore tokenized with `add_special_tokens=False`, as `apply_chat_template` does; a plain text

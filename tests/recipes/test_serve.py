@@ -23,6 +23,7 @@ from reference import V
 from tiny_tokenizers import CHAT, SIZE, TEXTS, make_tokenizer
 
 from peft_ptuning_ext import PromptBank
+from peft_ptuning_ext.export.tokenizer import BEGIN, END
 
 
 pytest.importorskip("transformers.cli.serving.systemone", reason="the server of transformers is another before 5.23")
@@ -132,10 +133,52 @@ def test_errors_are_those_of_the_api(client, bank) -> None:
     request = urllib.request.Request(f"{client.base_url}completions", b"{", {"Content-Type": "application/json"})
     with pytest.raises(urllib.error.HTTPError, match="400"):
         urllib.request.urlopen(request)
+    for options, reason in {
+        ("n", 2): "`n` is 2. This server can't do so",
+        ("logprobs", 1): "`logprobs` is 1. This server can't do so",
+        ("stop", "."): "`stop` is '.'. This server can't do so",
+        ("max_tokens", 0): "`max_tokens` must be a positive number of tokens, got 0",
+        ("max_tokens", "x"): "`max_tokens` must be a positive number of tokens, got 'x'",
+        ("suffix", 5): "A field of the request is not what the API has there: TypeError",
+        ("prompt", f"{BEGIN}1 0{END}A bird"): "The text has entries of a prompt",
+    }.items():
+        with pytest.raises(openai.BadRequestError, match=reason):
+            create(**dict([options]))
+    for messages in ("text", [{"role": "user", "content": 5}]):
+        with pytest.raises(openai.BadRequestError, match="A field of the request is not what the API has there"):
+            client.chat.completions.create(model=NAMES[0], messages=messages)
+    other = {"chat_template_kwargs": {"prompt": NAMES[1]}}
+    with pytest.raises(openai.BadRequestError, match="The text has entries of a prompt"):
+        client.chat.completions.create(model=NAMES[0], messages=MESSAGES, extra_body=other)
+    assert create(n=1, stop=[], presence_penalty=0, frequency_penalty=0, max_tokens=1).choices  # clients send these
     for path in ("load_model", "reset"):
         with pytest.raises(urllib.error.HTTPError, match="404"):
             urllib.request.urlopen(urllib.request.Request(f"{client.base_url}../{path}", b"{}"))
     assert complete(client, NAMES[0], TEXTS[0]) == write(bank, TOKENIZER(TEXTS[0]).input_ids, NAMES[0])
+
+
+def test_requests_of_one_id(client, bank) -> None:
+    """Whoever sends a request may choose its id."""
+    ids = TOKENIZER(TEXTS[0]).input_ids
+
+    def ask(name: str) -> str:
+        own = {"X-Request-ID": "the same"}
+        found = client.completions.create(model=name, prompt=TEXTS[0], max_tokens=30, extra_headers=own)
+        return found.choices[0].text
+
+    with ThreadPoolExecutor(6) as threads:
+        found = [*threads.map(ask, NAMES * 2)]
+    assert found == [write(bank, ids, name, 30) for name in NAMES] * 2
+
+
+def test_responses(client, bank) -> None:
+    """One answer, or a stream if that is asked for."""
+    ids = TOKENIZER.apply_chat_template(MESSAGES, add_generation_prompt=True).input_ids
+    options = {"model": NAMES[1], "input": MESSAGES[0]["content"], "max_output_tokens": NEW}
+    expected = write(bank, ids, NAMES[1])
+    assert client.responses.create(**options).output_text == expected
+    parts = client.responses.create(**options, stream=True)
+    assert "".join(part.delta for part in parts if part.type == "response.output_text.delta") == expected
 
 
 def test_answers_end_where_positions_do(client, bank) -> None:
@@ -173,5 +216,6 @@ def test_adapters_and_nothing(base, tmp_path) -> None:
     assert "There is nothing to serve" in run("--model_name_or_path", base)
     model = make_adapted(sizes={"vocab_size": SIZE})
     model.save_pretrained(tmp_path)
+    assert "takes name=folder for each prompt" in run("--model_name_or_path", base, "--adapters", str(tmp_path))
     words = ["--model_name_or_path", base, "--adapters", f"{base}={tmp_path}"]
     assert "as the base model is. Give it another name" in run(*words)
