@@ -13,12 +13,15 @@ from itertools import chain
 from pathlib import Path
 from typing import Optional
 
-from transformers import PreTrainedTokenizerBase
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 
 # Around the names that the entries have in a chat template: code points that Unicode reserves for the inside of
 # programs and forbids in texts that are exchanged (The Unicode Standard, 23.7).
 BEGIN, END = "\ufdd0", "\ufdd1"
+# A chat that templates take.
+SAMPLE = [{"role": "user", "content": "a"}]
 
 
 def save_with_prompt(tokenizer: PreTrainedTokenizerBase, folder: Path, ids: list[int]) -> None:
@@ -30,7 +33,7 @@ def save_with_prompt(tokenizer: PreTrainedTokenizerBase, folder: Path, ids: list
         ids (`list[int]`): V ids behind all of the tokenizer's own.
 
     Raises:
-        ValueError: The tokenizer can't be told to put something in front.
+        ValueError: The tokenizer can't be told to put something in front, or would then write a chat otherwise.
     """
     names = [f"{BEGIN}virtual {i}{END}" for i in range(len(ids))]
     has_template = _save(
@@ -40,6 +43,8 @@ def save_with_prompt(tokenizer: PreTrainedTokenizerBase, folder: Path, ids: list
         state["post_processor"] = put_ids_first(state["post_processor"], ids, names)
         if has_template:
             _add_entries(state, ids, names)
+    if has_template:
+        _check_chats(tokenizer, folder, len(ids))
 
 
 def save_with_prompts(tokenizer: PreTrainedTokenizerBase, folder: Path, ids: dict[str, list[int]]) -> None:
@@ -51,13 +56,15 @@ def save_with_prompts(tokenizer: PreTrainedTokenizerBase, folder: Path, ids: dic
         ids (`dict[str, list[int]]`): By name of a prompt, its ids, behind all of the tokenizer's own.
 
     Raises:
-        ValueError: The tokenizer has a chat template, and no places for new entries.
+        ValueError: The tokenizer has a chat template, and no places for new entries, or writes a chat otherwise then.
     """
     names = [[f"{BEGIN}{k} {i}{END}" for i in range(len(own))] for k, own in enumerate(ids.values())]
     has_template = _save(tokenizer, folder, lambda template: put_names_first(template, _names_of_prompt(ids)))
     if has_template:
         with _changing(folder / "tokenizer.json") as state:
             _add_entries(state, *(list(chain(*parts)) for parts in (ids.values(), names)))
+        for name in [*ids][:1]:
+            _check_chats(tokenizer, folder, len(ids[name]), prompt=name)
 
 
 def _names_of_prompt(ids: dict[str, list[int]]) -> str:
@@ -92,6 +99,26 @@ def _save(tokenizer: PreTrainedTokenizerBase, folder: Path, change: Callable[[st
         for name in ("add_bos_token", "add_eos_token"):  # they would write the post-processor again
             config.pop(name, None)
     return template is not None
+
+
+def _check_chats(tokenizer: PreTrainedTokenizerBase, folder: Path, length: int, **told: str) -> None:
+    """Refuses a tokenizer that gives a chat other ids behind a prompt of V = `length` ids than without it.
+
+    Some write the first word of a text otherwise than those behind a special token.
+    """
+    written, templates = PreTrainedTokenizerFast.from_pretrained(folder), tokenizer.chat_template
+    for template in templates if isinstance(templates, dict) else [None]:
+        options = {"chat_template": template, "return_dict": False, **told}
+        try:
+            expected = tokenizer.apply_chat_template(SAMPLE, **options)
+        except (TemplateError, TypeError, ValueError):  # it takes other chats only
+            continue
+        if written.apply_chat_template(SAMPLE, **options)[length:] != expected:
+            raise ValueError(
+                f"{type(tokenizer).__name__} gives a chat other ids behind a prompt than without it: its template "
+                "begins with a text, and the tokenizer writes the first word of a text otherwise than later ones. Let "
+                "the template begin with a special token, or remove it to export the tokenizer for plain texts."
+            )
 
 
 @contextmanager

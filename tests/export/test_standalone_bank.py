@@ -18,7 +18,8 @@ from openai_client import serving
 from peft import PeftModel
 from reference import V
 from tiny_tokenizers import CHAT, KINDS, SIZE, TEXTS, make_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from peft_ptuning_ext import PromptBank, export_standalone
 from peft_ptuning_ext.export.tokenizer import BEGIN, END
@@ -161,6 +162,30 @@ def test_what_is_refused(exported, tmp_path) -> None:
     with pytest.raises(ValueError, match="`adapter_name` is 'orders'. Leave it out"):
         export_standalone(exported.bank, tokenizer, tmp_path / "new", "orders")
     assert not (tmp_path / "new").exists()
+
+
+@torch.no_grad()
+def test_a_first_word_that_is_written_otherwise(tmp_path) -> None:
+    """Behind a prompt it would be one of the later words, with other ids, unless a special token is in front of it."""
+    own = Tokenizer(models.BPE(unk_token="<unk>"))
+    own.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    special = ["<unk>", "<s>", "</s>", "<pad>"]
+    own.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=90, special_tokens=special))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=own, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    text = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    for model, name in (
+        (export(tmp_path / "other", make_tokenizer("Llama 3")).bank, None),
+        (make_prompts(), NAMES[0]),
+    ):
+        tokenizer.chat_template = {"default": "<s>" + text, "tools": text}
+        with pytest.raises(ValueError, match="gives a chat other ids behind a prompt than without it"):
+            export_standalone(model, tokenizer, tmp_path / "new", name)
+        assert not (tmp_path / "new").exists()
+        tokenizer.chat_template = "<s>" + text
+        export_standalone(model, tokenizer, tmp_path / str(name), name)
+    with_bank = AutoTokenizer.from_pretrained(tmp_path / "None")
+    found = with_bank.apply_chat_template(MESSAGES, prompt=NAMES[0]).input_ids
+    assert found[V:] == tokenizer.apply_chat_template(MESSAGES).input_ids
 
 
 def test_a_single_prompt_in_the_place_of_many(tmp_path) -> None:

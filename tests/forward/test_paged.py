@@ -17,7 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 from transformers.generation.continuous_batching import PagedAttentionCache
 
-from peft_ptuning_ext import PromptTemplate
+from peft_ptuning_ext import PromptTemplate, use_adapters
 from peft_ptuning_ext.prompts.adapter import find_layer
 
 
@@ -345,6 +345,13 @@ def test_what_has_no_place_for_a_prompt_is_refused_before_anything_runs() -> Non
     )
     with pytest.raises(ValueError, match="its slots are in the texts"):
         together(model)
+
+
+def test_adapters_by_row_are_refused() -> None:
+    model = make_adapted()
+    for rows in ("default", ["default", "__base__"]):
+        with use_adapters(model, rows), pytest.raises(ValueError, match="of adapters by row .* Call `generate`"):
+            together(model)
 
 
 def test_flash_attention_is_refused() -> None:
