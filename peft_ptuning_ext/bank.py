@@ -322,6 +322,18 @@ class PromptBank:
         return self._model
 
 
+def base_model_name(model_id: str | os.PathLike, subfolder: Optional[str] = None, **kwargs: Any) -> str:
+    """Name of the model that a saved bank is for; empty if it has none.
+
+    Args:
+        model_id (`str`), subfolder (`str`, *optional*), kwargs: As of [`PromptBank.from_pretrained`].
+
+    Raises:
+        ValueError: There is no bank, or it can't be read.
+    """
+    return BankFile(_find(str(model_id), subfolder, kwargs)).base_model_name
+
+
 def _find(model_id: str, subfolder: Optional[str], kwargs: dict[str, Any]) -> str:
     """The path of a bank's file.
 

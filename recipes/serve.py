@@ -39,6 +39,7 @@ from transformers.cli.serving.transcription import TranscriptionHandler
 from transformers.cli.serving.utils import BaseGenerateManager, GenerationState
 
 from peft_ptuning_ext import PromptBank, export_standalone
+from peft_ptuning_ext.bank import base_model_name
 
 
 # PEFT 0.21 itself reads the old name while it wraps a model.
@@ -224,6 +225,8 @@ def collect(args: argparse.Namespace) -> tuple[PromptBank, str]:
     if not args.bank and not folders:
         raise ValueError("There is nothing to serve. Pass `--bank`, or `--adapters name=folder` for each prompt.")
     name = args.model_name_or_path
+    if name is None and args.bank:
+        name = base_model_name(args.bank) or None
     if name is None and folders:
         name = PeftConfig.from_pretrained(next(iter(folders.values()))).base_model_name_or_path
     name = find_language_model() if name in (None, HUB_NAME) else name
@@ -236,7 +239,7 @@ def collect(args: argparse.Namespace) -> tuple[PromptBank, str]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_name_or_path", help="The base model. Default: that of the first adapter, or SmolLM2.")
+    parser.add_argument("--model_name_or_path", help="The base model. Default: that of the bank or first adapter.")
     parser.add_argument("--bank", help="Folder or Hub id of a prompt bank.")
     parser.add_argument("--adapters", nargs="*", default=[], metavar="NAME=FOLDER", help="Adapters to serve.")
     parser.add_argument("--temperature", type=float, default=0.0, help="Of all requests. Default: 0, the likeliest.")

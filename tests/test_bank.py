@@ -621,6 +621,23 @@ def test_modules_inside_the_backbone() -> None:
         logits = found(**batch, adapter_names=["default"] * 2).logits
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
 
+    rows = make_batch("Llama", "CAUSAL_LM", lengths=(S, S, S))
+    with pytest.raises(ValueError, match="stands inside the backbone.*call the model for each"):
+        fill(model)(**rows, adapter_names=["default", BASE, BASE])
+
+
+@torch.no_grad()
+def test_another_model_around_the_backbone() -> None:
+    """It has the prompts, and not the heads."""
+    bank, batch = fill(make_many("Llama", "SEQ_CLS"), "Llama", "SEQ_CLS"), make_batch("Llama", "CAUSAL_LM")
+    other = make_model("Llama", "CAUSAL_LM").eval()
+    other.model = bank.base_model.model
+    with (
+        pytest.raises(ValueError, match="came with a module 'score', and this LlamaForCausalLM around the same"),
+        use_adapters(other, "default"),
+    ):
+        other(**batch)
+
 
 @torch.no_grad()
 def test_replaced_while_it_is_made_ready(monkeypatch) -> None:

@@ -34,7 +34,8 @@ def use_adapters(model: nn.Module, adapter_names: str | Sequence[str | tuple[str
     """Inside, each row of a batch has adapters of its own, or all rows have the one that is named.
 
     A `PeftModel` takes `adapter_names` in its calls and in `generate`. This is the same for a transformers model that
-    has the adapters, whose `generate` takes no arguments of others. Each thread chooses for itself.
+    has the adapters, whose `generate` takes no arguments of others. Each thread chooses for itself: one that is
+    started inside has not chosen, and needs a `use_adapters` of its own.
 
     Args:
         model (`nn.Module`): A `PeftModel`, or a transformers model with adapters of this package or a bank.
@@ -139,7 +140,16 @@ def _find_heads(model: nn.Module, layer: PTuningLayer, different: Collection[Nam
     """
     modules = {module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)}
     stored = {name: layer.stored(name) for names in different for name in names if name not in layer.ptuning_encoders}
-    places = {model.get_submodule(path): path for ready in stored.values() for path in ready.modules}
+    places = {}
+    for name, ready in stored.items():
+        for path in ready.modules:
+            try:
+                places[model.get_submodule(path)] = path
+            except AttributeError:
+                raise ValueError(
+                    f"The prompt {name!r} of the bank came with a module {path!r}, and this {type(model).__name__} "
+                    "around the same backbone has none. Call the model that the bank is on."
+                ) from None
     return {
         module: {names: _head_of(module, names, places.get(module), stored) for names in different}
         for module in modules | places.keys()
@@ -174,6 +184,12 @@ def _apply_heads(module: nn.Module, args: tuple, kwargs: dict[str, Any], output:
         head = rows.heads[module][rows.names[0]]
         return None if head is None else head(*args, **kwargs)
     inputs, *others = args
+    if len(inputs) % len(rows.names):  # the backbone has checked the batch
+        raise ValueError(
+            f"A {type(module).__name__} of which adapters have one of their own (`modules_to_save`) stands inside the "
+            "backbone, where prompts are computed apart from the rows. Such adapters can't be in one batch with "
+            "others: call the model for each."
+        )
     heads = [rows.heads[module][names] for names in rows.of_batch(type(module).__name__, len(inputs))]
     outputs, order = [], []
     for head in dict.fromkeys(heads):

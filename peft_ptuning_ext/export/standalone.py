@@ -103,8 +103,8 @@ def export_standalone(
             The prompt is deep or has a template, the model reads the prompt's positions outside the backbone (a pooled
             first token, say), its weights are quantized, the adapter trains rows of the vocabulary
             (`trainable_token_indices`), the tokenizer can't be told to put something in front or would then write a
-            chat otherwise, or the folder holds an adapter, which would be loaded on top. A bank has no prompts, or some
-            of its prompts are deep or have heads of their own. Nothing is written then.
+            chat otherwise, or the folder holds an adapter, which would be loaded on top. A bank has no prompts, or
+            some of its prompts are deep or have heads of their own. Nothing is written then.
     """
     if isinstance(model, PromptBank):
         _export_bank(model, tokenizer, directory, adapter_name)

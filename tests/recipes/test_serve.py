@@ -21,6 +21,7 @@ from openai import OpenAI
 from openai_client import serving
 from reference import V
 from tiny_tokenizers import CHAT, SIZE, TEXTS, make_tokenizer
+from transformers import AutoModelForCausalLM
 
 from peft_ptuning_ext import PromptBank
 from peft_ptuning_ext.export.tokenizer import BEGIN, END
@@ -219,3 +220,7 @@ def test_adapters_and_nothing(base, tmp_path) -> None:
     assert "takes name=folder for each prompt" in run("--model_name_or_path", base, "--adapters", str(tmp_path))
     words = ["--model_name_or_path", base, "--adapters", f"{base}={tmp_path}"]
     assert "as the base model is. Give it another name" in run(*words)
+    bank = PromptBank(AutoModelForCausalLM.from_pretrained(base))
+    bank.add(model, base)
+    bank.save(tmp_path / "bank")
+    assert "as the base model is. Give it another name" in run("--bank", str(tmp_path / "bank"))
