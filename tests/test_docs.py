@@ -256,6 +256,8 @@ def test_the_measurements_are_those_in_the_results() -> None:
     assert len(compared) == 4
     compared += (many := results("many*/many.md"))
     assert len(many) == 2
+    compared += (banks := results("bank/bank.md"))
+    assert len(banks) == 1
     compared += (distilled := results("distill*/distill.md"))
     assert len(distilled) == 2
     assert all(read(path).strip() in text for path in compared)
