@@ -21,25 +21,33 @@ A context of your own, with inputs from a file, or with inputs that the model ma
     python recipes/distill_context.py --context_file manual.txt --prompt_depth INPUT --learning_rate 3e-2
 """
 
-import hashlib
 import json
 import random
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Literal
 
 import torch
-from datasets import Dataset, DatasetDict, load_dataset
-from jinja2 import TemplateError
+from datasets import DatasetDict
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from shared.arguments import DataArguments, MethodArguments, ModelArguments, parse_arguments
+from shared.contexts import (
+    FRONT_DESK,
+    ContextArguments,
+    Frame,
+    check_positions,
+    load_inputs,
+    make_frame,
+    read_context,
+    read_inputs,
+    start_ids,
+)
 from shared.language_model import find_language_model
 from shared.methods import watch_prompt
 from shared.models import find_model, load_tokenizer
 from shared.report import Outcome, finish, make_command
-from shared.sources import DATA
+from shared.teacher import DistillationCollator, Teacher, answer_text, run_student, to_device, write_answers
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -49,7 +57,6 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from peft_ptuning_ext import PTuningConfig
 
@@ -64,366 +71,7 @@ TRAINING_DEFAULTS = {
     "save_strategy": "no",
     "remove_unused_columns": False,
 }
-FRONT_DESK = DATA / "front_desk"
 ROUNDS = 11  # how often each prefill is timed
-
-
-@dataclass
-class ContextArguments:
-    """The context, the inputs, and the prompt."""
-
-    context_file: str | None = field(
-        default=None, metadata={"help": "Text file with what the prompt replaces. Default: the recipe's own."}
-    )
-    inputs_file: str | None = field(
-        default=None,
-        metadata={
-            "help": "Inputs without answers: JSON lines (.jsonl) with a column, or a text with an input in each line. "
-            "Default with a context of your own: inputs that the model makes up."
-        },
-    )
-    test_file: str | None = field(
-        default=None,
-        metadata={"help": "Inputs that are measured, in the same formats. Default: a fifth of the inputs."},
-    )
-    input_column: str = field(default="input", metadata={"help": "Column of the inputs in JSON lines."})
-    target_column: str = field(
-        default="target", metadata={"help": "Column of the right answers in the test file, where there are any."}
-    )
-    sampled_inputs: int = field(default=200, metadata={"help": "How many inputs the model makes up without a file."})
-    template: str | None = field(
-        default=None,
-        metadata={
-            "help": "What stands behind the context, with {input} in place of it. Default: the tokenizer's chat "
-            "template with the context as system message; without one, the input and a line break."
-        },
-    )
-    stop: str | None = field(
-        default=None, metadata={"help": "Text that ends an answer. Default: the model's end token alone."}
-    )
-    max_input_tokens: int = field(default=64, metadata={"help": "Length of inputs that the model makes up, at most."})
-    max_new_tokens: int = field(default=24, metadata={"help": "Length of the answers, at most."})
-    top_k: int = field(
-        default=32,
-        metadata={"help": "Tokens whose probability is kept at each place of an answer; the others count together."},
-    )
-    num_virtual_tokens: int = field(default=20, metadata={"help": "Length of the prompt, V."})
-    prompt_depth: Literal["INPUT", "DEEP"] = field(
-        default="DEEP",
-        metadata={
-            "help": "INPUT: V vectors, which start at embeddings of the context's tokens. DEEP: V keys and values in "
-            "each layer, which start at the context's own."
-        },
-    )
-    dtype: Literal["float32", "bfloat16", "float16"] = field(
-        default="bfloat16", metadata={"help": "Number format of the frozen weights."}
-    )
-
-
-@dataclass(frozen=True)
-class Frame:
-    """What stands around an input. The prompt takes the place of `front`.
-
-    Args:
-        front (`str`): The context and what belongs to it, such as the tokens of a system message.
-        before (`str`): What stands between the context and the input.
-        behind (`str`): What stands between the input and the answer.
-        stop (`str`, *optional*): A text that ends an answer.
-    """
-
-    front: str
-    before: str
-    behind: str
-    stop: str | None = None
-
-    def ids(self, tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-        """The tokens of an input behind the context."""
-        return tokenizer(self.before + text + self.behind, add_special_tokens=False).input_ids
-
-
-def read_context(file: Path) -> str:
-    """Returns the text of a file.
-
-    Raises:
-        ValueError: There is no such file, it is not text in UTF-8, or it is empty.
-    """
-    if not file.is_file():
-        raise ValueError(f"There is no file {file}.")
-    try:
-        context = file.read_text(encoding="utf-8").strip()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not text in UTF-8: {error}.") from None
-    if not context or "\0" in context:
-        raise ValueError(f"{file} is empty." if not context else f"{file} is not text: it has bytes of 0.")
-    return context
-
-
-def make_frame(tokenizer: PreTrainedTokenizerBase, context: str, args: ContextArguments) -> Frame:
-    """Returns what stands around an input.
-
-    Raises:
-        ValueError: The template has no place for the input, or the chat template puts no system message in front.
-    """
-    template = args.template
-    if template is None and tokenizer.chat_template:
-        return Frame(*_from_chat(tokenizer, context), args.stop)
-    template = "{input}\n" if template is None else template
-    if "{input}" not in template:
-        raise ValueError(f"`--template` should have {{input}} where the input goes, got {template!r}.")
-    before, _, behind = template.partition("{input}")
-    return Frame(tokenizer.decode(start_ids(tokenizer)) + context + "\n\n", before, behind, args.stop)
-
-
-def _from_chat(tokenizer: PreTrainedTokenizerBase, context: str) -> tuple[str, str, str]:
-    """What a chat template writes for the context as system message, then in front of and behind a user's message."""
-    place = "\N{OBJECT REPLACEMENT CHARACTER}"
-    chat = [{"role": "system", "content": context}]
-    try:
-        front = tokenizer.apply_chat_template(chat, tokenize=False)
-        chat.append({"role": "user", "content": place})
-        whole = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-    except TemplateError as error:
-        raise ValueError(f"The chat template takes no system message ({error}): pass `--template`.") from error
-    if context not in front or not whole.startswith(front) or whole.count(place) != 1:
-        raise ValueError("The chat template puts no system message in front of the input: pass `--template`.")
-    before, _, behind = whole.removeprefix(front).partition(place)
-    return front, before, behind
-
-
-def start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that the tokenizer puts in front of each text by itself."""
-    ids = tokenizer("").input_ids
-    return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
-
-
-def read_inputs(file: Path, args: ContextArguments) -> Dataset:
-    """Returns the rows of a file with the column "input", and "target" where the file has right answers.
-
-    Raises:
-        ValueError: The file is missing or of another kind, is not text, has no rows, or lacks the column.
-    """
-    if not file.is_file():
-        raise ValueError(f"There is no file {file}.")
-    try:
-        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not text in UTF-8: {error}.") from None
-    if not lines:
-        raise ValueError(f"{file} has no rows.")
-    if file.suffix != ".jsonl":
-        return load_dataset("text", data_files=str(file), split="train").rename_column("text", "input")
-    try:
-        rows = [json.loads(line) for line in lines]
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} should have a JSON object in each line: {error}.") from None
-    columns = {args.input_column: "input"}
-    if all(isinstance(row, dict) and args.target_column in row for row in rows):
-        columns[args.target_column] = "target"
-    for column in columns:
-        if bad := [row for row in rows if not isinstance(row, dict) or not isinstance(row.get(column), str)]:
-            raise ValueError(f"{file} should have a text {column!r} in each line, got {json.dumps(bad[0])[:200]}.")
-    dataset = load_dataset("json", data_files=str(file), split="train")
-    return dataset.select_columns(list(columns)).rename_columns(columns)
-
-
-def load_inputs(args: ContextArguments) -> DatasetDict | None:
-    """Returns the inputs that are trained on and those that are measured; `None` where the model makes them up.
-
-    Raises:
-        ValueError: See `read_inputs`; or there are too few rows for both.
-    """
-    if args.context_file is None and args.inputs_file is None:
-        args.inputs_file, args.test_file = str(FRONT_DESK / "train.jsonl"), str(FRONT_DESK / "test.jsonl")
-    if args.inputs_file is None:
-        if args.test_file is not None:
-            raise ValueError("`--test_file` goes with `--inputs_file`, which was not given.")
-        return None
-    inputs = read_inputs(Path(args.inputs_file), args)
-    if args.test_file is not None:
-        return DatasetDict(train=inputs, test=read_inputs(Path(args.test_file), args))
-    if len(inputs) < 2:
-        raise ValueError(f"{args.inputs_file} has one row, and a part is measured only: pass more, or `--test_file`.")
-    return inputs.train_test_split(test_size=0.2, seed=0)
-
-
-def check_positions(inputs: DatasetDict | None, frame: Frame, tokenizer, config, args: ContextArguments) -> int:
-    """Returns the length of the context in tokens, which fits into the model with the longest input and its answer.
-
-    Raises:
-        ValueError: It does not fit, or is shorter than the prompt.
-    """
-    length = len(tokenizer(frame.front, add_special_tokens=False).input_ids)
-    texts = [] if inputs is None else [text for rows in inputs.values() for text in rows["input"]]
-    longest = max((len(frame.ids(tokenizer, text)) for text in texts), default=0)
-    longest = longest or len(frame.ids(tokenizer, "")) + args.max_input_tokens
-    whole = length + longest + args.max_new_tokens
-    positions = min(getattr(config, "max_position_embeddings", tokenizer.model_max_length), tokenizer.model_max_length)
-    if whole > positions:
-        raise ValueError(
-            f"The context has {length} tokens, the longest input {longest}, and an answer up to {args.max_new_tokens} "
-            f"(`--max_new_tokens`): {whole} positions, and the model has {positions}. Shorten the context."
-        )
-    for option in ("num_virtual_tokens", "top_k"):
-        if getattr(args, option) < 1:
-            raise ValueError(f"`--{option}` is {getattr(args, option)}, and should be 1 or more.")
-    if args.num_virtual_tokens > length:
-        raise ValueError(
-            f"`--num_virtual_tokens` is {args.num_virtual_tokens}, and the context has {length} tokens: a longer "
-            "prompt saves nothing."
-        )
-    return length
-
-
-@torch.no_grad()
-def write_answers(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: list[list[int]], stop: str | None, **options
-) -> list[list[int]]:
-    """Returns the tokens of a greedy answer to each text (or a sampled one), with the tokens that end it."""
-    model.eval()
-    batch = tokenizer.pad({"input_ids": texts}, padding_side="left", return_tensors="pt").to(model.device)
-    ends = {} if stop is None else {"stop_strings": [stop], "tokenizer": tokenizer}
-    ids = model.generate(
-        **batch,
-        **{"do_sample": False, "num_beams": 1} | options | ends,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return [_until_end(row, tokenizer, stop) for row in ids[:, batch["input_ids"].shape[1] :].tolist()]
-
-
-def _until_end(ids: list[int], tokenizer: PreTrainedTokenizerBase, stop: str | None) -> list[int]:
-    for i, token in enumerate(ids):
-        if token == tokenizer.eos_token_id or (stop is not None and stop in tokenizer.decode(ids[: i + 1])):
-            return ids[: i + 1]
-    return ids
-
-
-def answer_text(tokenizer: PreTrainedTokenizerBase, ids: list[int], stop: str | None) -> str:
-    """The text of an answer without what ends it."""
-    text = tokenizer.decode(ids, skip_special_tokens=True)
-    return (text if stop is None else text.partition(stop)[0]).strip()
-
-
-class Teacher:
-    """The frozen model with the context in front: writes answers, and says how probable each of their tokens is.
-
-    The context is a prompt whose vectors are the embeddings of its tokens, which this package computes once for all
-    rows. `datasets` knows the rows by what `__getstate__` returns, and finds them again in its cache.
-
-    Args:
-        model ([`PeftModel`]): The model with the context as its prompt.
-        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
-        frame ([`Frame`]): What stands around an input.
-        args ([`ContextArguments`]): `top_k` and the length of answers.
-    """
-
-    def __init__(self, model: PeftModel, tokenizer, frame: Frame, args: ContextArguments):
-        self.model, self.tokenizer, self.frame = model, tokenizer, frame
-        self.top_k, self.max_new_tokens = args.top_k, args.max_new_tokens
-        weights = hashlib.sha256()
-        for _, tensor in sorted(model.state_dict().items()):
-            weights.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        self.identity = [asdict(frame), self.top_k, self.max_new_tokens, weights.hexdigest()]
-
-    def __getstate__(self) -> dict:
-        return {"identity": self.identity}
-
-    def __call__(self, rows: dict[str, list]) -> dict[str, list]:
-        """Adds the row's tokens and those of its answer, and the teacher's log-probabilities over the answer."""
-        texts = [self.frame.ids(self.tokenizer, text) for text in rows["input"]]
-        answers = write_answers(self.model, self.tokenizer, texts, self.frame.stop, max_new_tokens=self.max_new_tokens)
-        ids, logprobs, rest = self.distributions(texts, answers)
-        return {
-            "text_ids": texts,
-            "answer_ids": answers,
-            "teacher_ids": ids,
-            "teacher_logprobs": logprobs,
-            "teacher_rest": rest,
-        }
-
-    @torch.no_grad()
-    def distributions(self, texts: list[list[int]], answers: list[list[int]]) -> tuple[list, list, list]:
-        """The most probable tokens at each place of the answers, their log-probabilities, and that of all others."""
-        self.model.eval()
-        rows = [{"text_ids": text, "answer_ids": answer} for text, answer in zip(texts, answers, strict=True)]
-        batch = to_batch(rows, self.tokenizer.pad_token_id)
-        logits = self.model(**{key: _to(value, self.model.device) for key, value in batch.items()}).logits
-        logprobs = logits[:, :-1].float().log_softmax(-1)
-        top, ids = logprobs.topk(min(self.top_k, logprobs.shape[-1]))
-        # Where nothing is left over, a number that `datasets` can store stands for the log of 0.
-        rest = logprobs.scatter(-1, ids, -torch.inf).logsumexp(-1).clamp_min(torch.finfo(torch.float32).min)
-        parts = ([row[-len(answer) :].tolist() for row, answer in zip(part, answers)] for part in (ids, top, rest))
-        return tuple(parts)
-
-
-def _to(value, device: torch.device):
-    return value.to(device) if isinstance(value, torch.Tensor) else value
-
-
-def to_batch(rows: list[dict], pad_token_id: int) -> dict:
-    """Returns the model's inputs, padded on the left so that all answers end in the last column.
-
-    Logits are computed from the token in front of the longest answer on: (B, N + 1, vocabulary).
-    """
-    ids = [torch.tensor([*row["text_ids"], *row["answer_ids"]]) for row in rows]
-    longest = max(len(row["answer_ids"]) for row in rows)
-    return {
-        "input_ids": _pad_left(ids, pad_token_id),
-        "attention_mask": _pad_left([torch.ones_like(row) for row in ids], 0),
-        "logits_to_keep": longest + 1,
-    }
-
-
-def _pad_left(rows: list[torch.Tensor], value: float) -> torch.Tensor:
-    return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value, padding_side="left")
-
-
-@dataclass(frozen=True)
-class DistillationCollator:
-    """Makes a batch of rows that a [`Teacher`] has seen.
-
-    Besides the model's inputs it has "labels" (B, S), which are -100 but for the answers, and the teacher's
-    log-probabilities: "teacher_ids" and "teacher_logprobs" (B, N, k), "teacher_rest" (B, N). N is the longest answer,
-    and k is `top_k`.
-    """
-
-    pad_token_id: int
-
-    def __call__(self, rows: list[dict]) -> dict:
-        teacher = {
-            name: _pad_left([torch.tensor(row[name]) for row in rows], 0)
-            for name in ("teacher_ids", "teacher_logprobs", "teacher_rest")
-        }
-        labels = [torch.tensor([-100] * len(row["text_ids"]) + row["answer_ids"]) for row in rows]
-        return {**to_batch(rows, self.pad_token_id), "labels": _pad_left(labels, -100), **teacher}
-
-
-def divergence(logits: torch.Tensor, ids: torch.Tensor, logprobs: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
-    """Returns the Kullback-Leibler divergence of the model from the teacher at each place, (B, N).
-
-    The k tokens count singly, and all others as one. This is the divergence of the full distributions where k is the
-    vocabulary, and less where it is not.
-
-    Args:
-        logits (`torch.Tensor`): Of the model, (B, N, vocabulary).
-        ids (`torch.Tensor`): The teacher's k most probable tokens, (B, N, k).
-        logprobs (`torch.Tensor`): The teacher's log-probabilities of them, (B, N, k).
-        rest (`torch.Tensor`): The log of the probability of all other tokens, (B, N).
-    """
-    own = logits.float().log_softmax(-1)
-    found = (logprobs.exp() * (logprobs - own.gather(-1, ids))).sum(-1)
-    if ids.shape[-1] == logits.shape[-1]:
-        return found
-    return found + rest.exp() * (rest - own.scatter(-1, ids, -torch.inf).logsumexp(-1))
-
-
-def run_student(model: nn.Module, batch: dict) -> tuple[CausalLMOutputWithPast, torch.Tensor]:
-    """Returns what the model says to a batch, and its divergence from the teacher at each token of the answers."""
-    batch = dict(batch)
-    teacher = [batch.pop(name) for name in ("teacher_ids", "teacher_logprobs", "teacher_rest")]
-    present = batch.pop("labels")[:, -teacher[0].shape[1] :] != -100
-    outputs = model(**batch)
-    return outputs, divergence(outputs.logits[:, :-1], *teacher)[present]
 
 
 class DistillationTrainer(Trainer):
@@ -532,7 +180,7 @@ def measure(model: nn.Module, task: Task, batch_size: int, in_front: list[int]) 
     for start in range(0, len(test), batch_size):
         rows = test.select(range(start, min(start + batch_size, len(test)))).to_list()
         rows = [{**row, "text_ids": [*in_front, *row["text_ids"]]} for row in rows]
-        batch = {name: _to(value, model.device) for name, value in collate(rows).items()}
+        batch = {name: to_device(value, model.device) for name, value in collate(rows).items()}
         _, divergences = run_student(model, batch)
         total, count = total + divergences.sum().item(), count + len(divergences)
         texts, stop = [row["text_ids"] for row in rows], task.frame.stop

@@ -13,12 +13,13 @@ import distill_context
 import pytest
 import torch
 from datasets import Dataset
-from distill_context import ContextArguments, DistillationCollator, Teacher
 from peft import PeftModel
 from safetensors.torch import load_file
 from shared import small_language, small_models
 from shared.arguments import ModelArguments
+from shared.contexts import ContextArguments, Frame, make_frame
 from shared.small_models import Pretraining
+from shared.teacher import DistillationCollator, Teacher
 from tiny_recipes import FILES, RECIPES, read_metrics, read_rows, run, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -288,16 +289,16 @@ def test_a_text_of_lines_is_a_file_of_inputs(tiny, tmp_path):
     assert {*data["train"]["input"], *data["test"]["input"]} == {f"thing: {i}" for i in range(10)}
 
 
-def frame(tiny: dict, chat: str | None = None, **changes) -> distill_context.Frame:
+def frame(tiny: dict, chat: str | None = None, **changes) -> Frame:
     tokenizer = AutoTokenizer.from_pretrained(tiny["model_name_or_path"])
     tokenizer.chat_template = chat
-    return distill_context.make_frame(tokenizer, "Be brief.", ContextArguments(**changes))
+    return make_frame(tokenizer, "Be brief.", ContextArguments(**changes))
 
 
 def test_the_context_is_the_system_message(tiny):
-    assert frame(tiny, CHAT) == distill_context.Frame("<system> Be brief.</s>", "<user> ", "</s><assistant>")
-    assert frame(tiny, CHAT, template="Q: {input}!") == distill_context.Frame("<s>Be brief.\n\n", "Q: ", "!")
-    assert frame(tiny) == distill_context.Frame("<s>Be brief.\n\n", "", "\n")
+    assert frame(tiny, CHAT) == Frame("<system> Be brief.</s>", "<user> ", "</s><assistant>")
+    assert frame(tiny, CHAT, template="Q: {input}!") == Frame("<s>Be brief.\n\n", "Q: ", "!")
+    assert frame(tiny) == Frame("<s>Be brief.\n\n", "", "\n")
 
 
 @pytest.mark.parametrize(
