@@ -144,7 +144,10 @@ def make_splits(source: Path, folder: Path, task: Task, args: argparse.Namespace
     """
     names = ("model_name_or_path", "num_virtual_tokens", "held_out_rows", "use_cpu")
     settings = {name: getattr(args, name) for name in names}
-    settings |= {"max_steps": args.max_steps or task.steps, "test_rows": task.test_rows, **task.options}
+    test_rows = args.test_rows or task.test_rows
+    settings |= {"max_steps": args.max_steps or task.steps, "test_rows": test_rows, **task.options}
+    if args.recipe_options:
+        settings["recipe_options"] = args.recipe_options
     noted = folder / "settings.json"
     if noted.is_file():
         found = json.loads(noted.read_text(encoding="utf-8"))
@@ -162,7 +165,7 @@ def make_splits(source: Path, folder: Path, task: Task, args: argparse.Namespace
     held_out_rows = min(args.held_out_rows, len(train) // 4)
     folder.mkdir(parents=True, exist_ok=True)
     _write_lines(folder / "train.jsonl", train)
-    _write_lines(folder / "test.jsonl", test if task.test_rows is None else _spread(test, task.test_rows))
+    _write_lines(folder / "test.jsonl", test if test_rows is None else _spread(test, test_rows))
     _write_lines(folder / "search_train.jsonl", order[held_out_rows:])
     _write_lines(folder / "search_test.jsonl", order[:held_out_rows])
     noted.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
@@ -182,8 +185,9 @@ def _spread(lines: list[str], count: int) -> list[str]:
     """Returns about `count` lines, in evenly spread groups: neighbours are often rows of one input or article."""
     if len(lines) <= count:
         return lines
-    size = 20
-    starts = [int(i * (len(lines) - size) / (count // size - 1)) for i in range(count // size)]
+    size = min(20, count)
+    groups = count // size
+    starts = [int(i * (len(lines) - size) / max(1, groups - 1)) for i in range(groups)]
     return [line for start in starts for line in lines[start : start + size]]
 
 
@@ -230,7 +234,7 @@ def train(run: Run, task: Task, args: argparse.Namespace) -> dict | None:
         }
         if args.model_name_or_path:
             options["model_name_or_path"] = args.model_name_or_path
-        words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+        words = [word for name, value in options.items() for word in (f"--{name}", str(value))] + args.recipe_options
         done = subprocess.run(
             [sys.executable, str(RECIPES / f"{task.recipe}.py"), *words],
             env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
@@ -432,6 +436,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, help="Seeds per method. Default: those of the task, 3 or 5.")
     parser.add_argument("--search_seeds", type=int, help="Seeds per learning rate. Default: those of the task, 3.")
     parser.add_argument("--max_steps", type=int, help="Optimizer steps. Default: those of the task.")
+    parser.add_argument("--test_rows", type=int, help="Rows of the test file. Default: those of the task.")
     parser.add_argument(
         "--held_out_rows",
         type=int,
@@ -441,6 +446,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="Number of runs at the same time.")
     parser.add_argument("--use_cpu", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--output_dir", default="outputs/compare")
+    parser.add_argument(
+        "--recipe_options",
+        nargs=argparse.REMAINDER,
+        default=[],
+        help="All that follows goes to the recipe, behind the options of the task.",
+    )
     args = parser.parse_args(argv)
     if (args.tasks is not None) and args.data_folder is None:
         parser.error("--tasks needs --data_folder")

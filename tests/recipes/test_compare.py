@@ -108,6 +108,19 @@ def test_rates_are_chosen_on_training_rows_and_seeds_measured_on_the_test(data, 
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_options_of_the_recipe_and_fewer_test_rows(data, runs, tmp_path):
+    words = ["--tasks", "sst2", "--seeds", "1", "--test_rows", "6", "--methods", "head"]
+    words += ["--recipe_options", "--max_length", "9"]
+    run(data, tmp_path, *words, name="compare")
+    assert {words["--max_length"] for words in runs} == {"9"}
+    test = (data.folder / "sst2" / "test.jsonl").read_text().splitlines()
+    used = (tmp_path / "sst2" / "test.jsonl").read_text().splitlines()
+    assert len(test) > 6
+    assert used == test[:6]
+    with pytest.raises(ValueError, match="recipe_options="):
+        run(data, tmp_path, *words[:-1], "10", name="compare")
+
+
 def test_what_is_finished_is_not_run_again(data, runs, tmp_path):
     first = run(data, tmp_path, "--tasks", "sst2", "--seeds", "1", methods=["head"])
     count = len(runs)
@@ -272,7 +285,8 @@ def test_groups_of_rows_stay_together():
     found = [int(line) for line in compare._spread(lines, 100)]
     assert len(found) == len(set(found)) == 100
     assert sum(after - before == 1 for before, after in pairwise(found)) >= 95
-    assert found[-1] == 999
+    assert compare._spread(lines, 2000) == lines
+    assert [len(compare._spread(lines, count)) for count in (5, 20, 30)] == [5, 20, 20]
     assert compare._spread(lines, 2000) == lines
 
 
