@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Serves a base model and many prompts behind OpenAI's API. The `model` of a request is the name of a prompt.
 
+pip install -e ".[recipes]" "transformers[serving]"
 python recipes/serve.py --adapters restaurants=outputs/restaurants
 python recipes/serve.py --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct --bank outputs/bank --port 8000
 
