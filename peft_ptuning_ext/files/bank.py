@@ -77,11 +77,8 @@ class BankFile:
                     f"{self.path} is a prompt bank of format {entry['format']!r}, and this release reads {FORMAT}. "
                     "Install a newer release of peft_ptuning_ext."
                 )
-            self.base_model_name, self.layers, self.settings = (
-                entry["base_model_name_or_path"],
-                entry["layers"],
-                entry["settings"],
-            )
+            self.base_model_name = entry["base_model_name_or_path"]
+            self.layers, self.settings = entry["layers"], entry["settings"]
             values = [self.base_model_name, self.layers, self.settings, *self.settings.values()]
             if [type(value) for value in values] != [str, dict] + [dict] * (len(self.settings) + 1):
                 raise TypeError

@@ -2,8 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measures how far prompts of several lengths and both depths take the place of one context.
 
-With no arguments: the front desk's context and SmolLM2-135M-Instruct, in about twenty minutes on two CPU cores. Other
-words go to the recipe as they are:
+With no arguments: the front desk's context and SmolLM2-135M-Instruct. Other words go to the recipe as they are:
 
     pip install -e ".[recipes]"
     python recipes/measure/distill.py
