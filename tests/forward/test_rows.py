@@ -491,3 +491,16 @@ def test_active_adapters_stay_where_several_are_refused() -> None:
         model.base_model.set_adapter(["other", "default"])
     assert model.base_model.active_adapters == ["default"]
     torch.testing.assert_close(model(**batch).logits, expected, rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_trained_rows_of_the_vocabulary_are_those_of_all_rows() -> None:
+    model, batch = make_adapted(trainable_token_indices=[5, 6]), make_batch("Llama", "CAUSAL_LM")
+    model.add_adapter("other", make_config("CAUSAL_LM", trainable_token_indices=[7, 8]))
+    model.set_adapter("default")
+    expected = model(**batch).logits
+    torch.testing.assert_close(model(**batch, adapter_names=["default"] * 2).logits, expected, **CLOSE)
+    for names in (["default", "other"], ["other", "other"], ["default", BASE]):
+        with pytest.raises(ValueError, match="the same for a whole batch: those of .'default'. are active"):
+            model(**batch, adapter_names=names)
+    torch.testing.assert_close(model(**batch).logits, expected, **CLOSE)
