@@ -20,6 +20,9 @@ from .prompts.layer import PTuningLayer
 if TYPE_CHECKING:  # they take longer to import than all of this package
     from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
+# Learning rates at which prompts without a network learn, in units of the RMS of the numbers that they start at: Adam
+# moves a number by about the rate in a step, whatever the gradient.
+RATES = (0.1, 1)
 MIN_SHIFT = 0.01
 MIN_EFFECT = 0.001
 
@@ -27,7 +30,9 @@ MIN_EFFECT = 0.001
 class PromptMonitor(TrainerCallback):
     """Logs the prompt beside the loss, and warns once when it does not learn.
 
-    A prompt that is frozen, or that the optimizer does not hold, is told at the start.
+    A prompt that is frozen, or that the optimizer does not hold, is told at the start. The prompts that are watched
+    are those that are trained; if none is, the active one. Of several, the values have the adapter's name behind them,
+    as in `prompt_norm_style`.
 
     Each log entry that has a loss gains
 
@@ -68,17 +73,18 @@ class PromptMonitor(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs
     ) -> None:
         layer = _find_layer(model)
-        self._start = _flat(_prompt(layer))  # all numbers in one row
+        trained = [name for name in layer.ptuning_encoders if _trained_parameters(layer, name)]
+        self._names = trained or layer.active_adapters[:1]
+        self._start = {name: _flat(_prompt(layer, name)) for name in self._names}  # all numbers in one row
         self._first_step = state.global_step
-        self._grad_norm: Optional[torch.Tensor] = None  # of the last step, read when it is logged
-        self._highest_grad_norm = 0.0
+        self._grad_norms: dict[str, torch.Tensor] = {}  # of the last step, read when it is logged
+        self._highest_grad_norms: dict[str, float] = {}
         self._losses: list[float] = []
-        name = layer.active_adapters[0]
-        trained = [p for p in layer.ptuning_encoders[name].parameters() if p.requires_grad]
-        advice = None if trained else _advise_to_unfreeze(name)
-        is_single = args.distributed_state.distributed_type == DistributedType.NO  # DeepSpeed trains copies
-        if trained and is_single and not _is_held(trained, kwargs["optimizer"]):
-            advice = _advise_new_trainer(name)
+        advice = None if trained else _advise_to_unfreeze(self._names[0])
+        if args.distributed_state.distributed_type == DistributedType.NO:  # DeepSpeed trains copies
+            for name in trained:
+                if not _is_held(_trained_parameters(layer, name), kwargs["optimizer"]):
+                    advice = _advise_new_trainer(name)
         if advice is not None and state.is_world_process_zero:
             warnings.warn(advice, stacklevel=2)
         self._has_warned = advice is not None
@@ -87,11 +93,12 @@ class PromptMonitor(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs
     ) -> None:
-        layer = _find_layer(model)
-        encoder = layer.ptuning_encoders[layer.active_adapters[0]]
-        trained = [p for p in encoder.parameters() if p.requires_grad]
-        norms = [_whole(p.grad).norm() for p in trained if p.grad is not None]
-        self._grad_norm = torch.stack(norms).norm() if norms else None if trained else torch.zeros(())
+        layer, self._grad_norms = _find_layer(model), {}
+        for name in self._names:
+            trained = _trained_parameters(layer, name)
+            norms = [_whole(p.grad).norm() for p in trained if p.grad is not None]
+            if norms or not trained:
+                self._grad_norms[name] = torch.stack(norms).norm() if norms else torch.zeros(())
 
     def on_log(
         self,
@@ -105,36 +112,53 @@ class PromptMonitor(TrainerCallback):
         if "loss" not in logs:
             return
         layer = _find_layer(model)
-        parts = _prompt(layer)
-        shift = (_flat(parts) - self._start).norm() / self._start.norm()
-        values = {name: float(part.norm(dim=-1).mean()) for name, part in parts.items()}
-        values["prompt_shift"] = float(shift)
-        if self._grad_norm is not None:
-            values["prompt_grad_norm"] = float(self._grad_norm)
-            self._highest_grad_norm = max(self._highest_grad_norm, values["prompt_grad_norm"])
+        of_prompts = {name: self._look(layer, name) for name in self._names}
+        effect = {}
         if self._batch is not None:
             try:
-                values["prompt_effect"] = _effect(model, layer, self._batch)
+                effect = {"prompt_effect": _effect(model, layer, self._batch)}
             except (TypeError, ValueError):  # a batch for a loss of the trainer's own; no reason to stop a training
                 self._batch = None
+        is_single = len(self._names) == 1
+        values = effect | {
+            key if is_single else f"{key}_{name}": value
+            for name, found in of_prompts.items()
+            for key, value in found.items()
+        }
         logs.update(values)
         state.log_history[-1].update(values)
 
         self._losses.append(float(logs["loss"]))
         steps = state.global_step - self._first_step
         if steps >= self.patience and not self._has_warned:
-            symptom = self._find_symptom(values)
-            if symptom is not None and state.is_world_process_zero:
-                warnings.warn(_advise(symptom, steps, args.learning_rate), stacklevel=2)
-            self._has_warned = symptom is not None
+            for name, found in of_prompts.items():
+                symptom = self._find_symptom(name, found | effect)
+                if symptom is None:
+                    continue
+                if state.is_world_process_zero:
+                    rms = float(self._start[name].square().mean().sqrt())
+                    whose = "the prompt" if is_single else f"the prompt of {name!r}"
+                    warnings.warn(_advise(whose, symptom, steps, args.learning_rate, rms), stacklevel=2)
+                self._has_warned = True
 
-    def _find_symptom(self, values: dict[str, float]) -> Optional[str]:
-        """What speaks against the prompt learning, or `None`."""
+    def _look(self, layer: PTuningLayer, name: str) -> dict[str, float]:
+        """The values of one prompt."""
+        parts, start = _prompt(layer, name), self._start[name]
+        values = {key: float(part.norm(dim=-1).mean()) for key, part in parts.items()}
+        values["prompt_shift"] = float((_flat(parts) - start).norm() / start.norm())
+        if name in self._grad_norms:
+            values["prompt_grad_norm"] = float(self._grad_norms[name])
+            highest = self._highest_grad_norms.get(name, 0.0)
+            self._highest_grad_norms[name] = max(highest, values["prompt_grad_norm"])
+        return values
+
+    def _find_symptom(self, name: str, values: dict[str, float]) -> Optional[str]:
+        """What speaks against a prompt learning, or `None`."""
         third = len(self._losses) // 3
         first, last = sum(self._losses[:third]), sum(self._losses[len(self._losses) - third :])
         if not all(torch.isfinite(torch.tensor(list(values.values())))):
             return "it has values that are not finite"
-        if "prompt_grad_norm" in values and self._highest_grad_norm == 0:
+        if "prompt_grad_norm" in values and self._highest_grad_norms[name] == 0:
             return "no gradient has reached it"
         if values["prompt_shift"] < MIN_SHIFT:
             return f"it has moved by {values['prompt_shift']:.2%} of its norm only"
@@ -154,10 +178,12 @@ class PromptMonitor(TrainerCallback):
         return {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
 
 
-def _advise(symptom: str, steps: int, learning_rate: float) -> str:
+def _advise(whose: str, symptom: str, steps: int, learning_rate: float, rms: float) -> str:
+    low, high = (f"{share * rms:.1g}" for share in RATES)
     return (
-        f"After {steps} steps the prompt does not seem to learn: {symptom}. Prompts need a higher learning rate than "
-        f"weights, 1e-3 to 5e-2 with plain vectors (`learning_rate` is {learning_rate:g}), with warm-up. Then try "
+        f"After {steps} steps {whose} does not seem to learn: {symptom}. Prompts need a higher learning rate than "
+        f"weights: without a network {RATES[0]:g} to {RATES[1]:g} times the RMS of the numbers they started at, here "
+        f"{low} to {high} (`learning_rate` is {learning_rate:g}), with warm-up. Then try "
         'another start (`prompt_tuning_init="SAMPLE_VOCAB"` or `"TEXT"`). '
         "Without any gradient, look at the labels first: all of them may be ignored."
     )
@@ -191,10 +217,13 @@ def _find_layer(model: nn.Module) -> PTuningLayer:
     raise ValueError(f"PromptMonitor watches a P-tuning adapter, and {type(model).__name__} has no active one.")
 
 
+def _trained_parameters(layer: PTuningLayer, name: str) -> list[nn.Parameter]:
+    return [parameter for parameter in layer.ptuning_encoders[name].parameters() if parameter.requires_grad]
+
+
 @torch.no_grad()
-def _prompt(layer: PTuningLayer) -> dict[str, torch.Tensor]:
-    """Copies of the parts of the active adapter's prompt by the names of their norms, each (…, V, H or D), float32."""
-    name = layer.active_adapters[0]
+def _prompt(layer: PTuningLayer, name: str) -> dict[str, torch.Tensor]:
+    """Copies of the parts of an adapter's prompt by the names of their norms, each (…, V, H or D), float32."""
     with gather_params_ctx(layer.ptuning_encoders[name].parameters()):
         encoded = layer.encode(name)
         if not layer.is_deep(name):

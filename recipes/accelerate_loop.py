@@ -25,6 +25,7 @@ from accelerate.utils import DataLoaderConfiguration, extract_model_from_paralle
 from huggingface_hub import create_repo
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from shared.arguments import DataArguments, MethodArguments, ModelArguments, parse_arguments
+from shared.methods import choose_learning_rate
 from shared.models import find_model, find_packaged_encoder
 from shared.report import Outcome, Repository, make_command, write_run
 from shared.resuming import find_checkpoint
@@ -55,7 +56,9 @@ class LoopArguments:
         default=64, metadata={"help": "Texts of a batch of an evaluation in each process."}
     )
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches before a step of the optimizer."})
-    learning_rate: float = field(default=3e-2, metadata={"help": "Learning rate at the end of the warm-up."})
+    learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate at the end of the warm-up. Default: that of the method."}
+    )
     warmup_ratio: float = field(default=0.1, metadata={"help": "Share of the steps in which the rate rises."})
     max_grad_norm: float = field(
         default=1.0, metadata={"help": "Gradients with a larger norm are scaled down to this norm."}
@@ -140,6 +143,7 @@ def main(argv: list[str] | None = None) -> None:
     name = find_model(model_args.model_name_or_path or find_packaged_encoder())
     data, labels = number_labels(load_data(data_args, SPEECH_ACTS), columns.text_column, columns.label_column)
     model, tokenizer = load_model(name, labels, columns.max_length, method)
+    choose_learning_rate(args, method, model)
     tokens = tokenize(data, tokenizer)
     collate = DataCollatorWithPadding(tokenizer)
     loaders = {

@@ -27,7 +27,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset, DatasetDict
 from shared.arguments import DataArguments, MethodArguments, ModelArguments, parse_arguments
 from shared.language_model import find_language_model
-from shared.methods import make_callbacks, make_trainable, watch_prompt
+from shared.methods import choose_learning_rate, make_callbacks, make_trainable, watch_prompt
 from shared.models import check_length, find_model, load_tokenizer
 from shared.report import Outcome, can_measure_first, finish, make_command
 from shared.resuming import find_checkpoint
@@ -49,7 +49,6 @@ TRAINING_DEFAULTS = {
     "output_dir": "outputs/causal_lm",
     "num_virtual_tokens": 20,
     "num_train_epochs": 0.7,  # 50 steps on the default data, after which the default model has learned its task
-    "learning_rate": 3e-2,
     "per_device_train_batch_size": 8,
     "per_device_eval_batch_size": 32,
     "metric_for_best_model": "loss",
@@ -189,6 +188,7 @@ def main(argv: list[str] | None = None) -> None:
     checkpoint = find_checkpoint(args)
     set_seed(args.seed)  # decides where the prompt starts
     model, tokenizer = load_model(name, text_args, method)
+    choose_learning_rate(args, method, model)
     tokens = tokenize(data, tokenizer, text_args)
 
     trainer = Trainer(

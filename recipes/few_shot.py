@@ -30,6 +30,7 @@ from datasets import Dataset, DatasetDict
 from peft import LoraConfig, get_peft_model
 from shared.arguments import DataArguments, ModelArguments, parse_arguments
 from shared.language_model import PLACEHOLDER, find_language_model
+from shared.methods import prompt_rate
 from shared.models import find_model, find_packaged_encoder, load_tokenizer
 from shared.sources import DATA, METRICS, load_data
 from text_classification import number_labels
@@ -50,7 +51,7 @@ from peft_ptuning_ext import ClozeClassifier, PromptTemplate, PTuningConfig
 TRAINING_DEFAULTS = {
     "output_dir": "outputs/few_shot",
     "max_steps": 60,
-    "learning_rate": 3e-2,
+    "learning_rate": None,  # in units of where the prompt starts
     "per_device_train_batch_size": 8,
     "per_device_eval_batch_size": 64,
     "eval_strategy": "no",
@@ -133,7 +134,7 @@ def make_cloze(task: Task) -> Learner:
     )
     cloze.calibrate(template)
     encode = template.map_function(tokenizer, few.max_length)
-    return Learner(adapted, tokenizer, encode, task.training.learning_rate)
+    return Learner(adapted, tokenizer, encode, task.training.learning_rate or prompt_rate(adapted))
 
 
 def make_zero_shot(task: Task) -> Learner:
@@ -164,9 +165,10 @@ def _load_encoder(task: Task, learning_rate: float) -> Learner:
 
 def make_prompt(task: Task, depth: str = "INPUT") -> Learner:
     """A prompt in front of the encoder's texts, and a head."""
-    learner = _load_encoder(task, task.training.learning_rate)
+    learner = _load_encoder(task, 0.0)
     config = PTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=task.few.num_virtual_tokens, prompt_depth=depth)
     learner.model = get_peft_model(learner.model, config)
+    learner.learning_rate = task.training.learning_rate or prompt_rate(learner.model)
     return learner
 
 

@@ -26,7 +26,7 @@ import evaluate
 import numpy as np
 from datasets import Dataset, DatasetDict
 from shared.arguments import DataArguments, MethodArguments, ModelArguments, parse_arguments
-from shared.methods import make_callbacks, make_trainable, watch_prompt
+from shared.methods import choose_learning_rate, make_callbacks, make_trainable, watch_prompt
 from shared.models import cut_texts, find_model, find_packaged_encoder, load_tokenizer, load_with_head
 from shared.report import Outcome, can_measure_first, finish, in_data_order, make_command
 from shared.resuming import find_checkpoint
@@ -46,7 +46,6 @@ from transformers import (
 TRAINING_DEFAULTS = {
     "output_dir": "outputs/question_answering",
     "num_train_epochs": 8,
-    "learning_rate": 3e-2,
     "per_device_train_batch_size": 16,
     "per_device_eval_batch_size": 64,
     "metric_for_best_model": "f1",
@@ -175,6 +174,7 @@ def main(argv: list[str] | None = None) -> None:
     data = check_answers(load_data(data_args, NOTICES))
     may_be_empty = not all(answers["text"] for answers in data["train"]["answers"])
     model, tokenizer = load_model(name, spans.max_length, method)
+    choose_learning_rate(args, method, model)
     windows = data.map(
         make_windows,
         batched=True,

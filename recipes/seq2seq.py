@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from datasets import Dataset, DatasetDict, concatenate_datasets
 from shared.arguments import DataArguments, MethodArguments, ModelArguments, parse_arguments
-from shared.methods import make_callbacks, make_trainable, watch_prompt
+from shared.methods import choose_learning_rate, make_callbacks, make_trainable, watch_prompt
 from shared.models import check_length, find_model, load_tokenizer
 from shared.report import Outcome, can_measure_first, finish, make_command
 from shared.resuming import find_checkpoint
@@ -45,7 +45,6 @@ from transformers import (
 TRAINING_DEFAULTS = {
     "output_dir": "outputs/seq2seq",
     "num_train_epochs": 3,
-    "learning_rate": 3e-2,
     "per_device_train_batch_size": 16,
     "per_device_eval_batch_size": 32,
     "predict_with_generate": True,
@@ -113,6 +112,7 @@ def main(argv: list[str] | None = None) -> None:
     checkpoint = find_checkpoint(args)
     set_seed(args.seed)  # decides where the prompt starts
     model, tokenizer = load_model(name, text_args, method)
+    choose_learning_rate(args, method, model)
     tokens = tokenize(data, tokenizer, text_args)
 
     held_out = {split: one_row_per_input(rows) for split, rows in tokens.items() if split != "train"}

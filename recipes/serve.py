@@ -18,6 +18,7 @@ something else gets an error.
 import argparse
 import json
 import tempfile
+import time
 import uuid
 import warnings
 from pathlib import Path
@@ -53,6 +54,8 @@ FOR_ALL = (*SAMPLING, "seed", "generation_config")
 ONLY = {"n": 1, "best_of": 1, "stop": [], "frequency_penalty": 0, "presence_penalty": 0, "logit_bias": {}}
 ONLY |= {"echo": False, "logprobs": False, "top_logprobs": 0, "response_format": {"type": "text"}}
 ONLY |= {"tool_choice": "auto", "previous_response_id": None, "conversation": None}
+# The kinds of parts of a message that are text.
+TEXTS = ("text", "input_text", "output_text")
 LENGTHS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 # What is raised where a field of a request has another type than it should.
 MALFORMED = (AttributeError, LookupError, TypeError, ValueError, TemplateError)
@@ -143,9 +146,10 @@ class OfPrompts:
         super()._validate_request(body)
         state, name = self.generation_state, body.get("model")
         if not isinstance(name, str) or name not in state.ids:
-            raise HTTPException(404, f"The model {name!r} does not exist. GET /v1/models lists those that do.")
+            raise unknown(name)
         if not body.get(self.text_field):
             raise HTTPException(400, f"`{self.text_field}` is missing or empty.")
+        check_parts(body[self.text_field])
         for field in FOR_ALL:
             if body.get(field) is not None and body[field] != state.sampling.get(field):
                 raise HTTPException(
@@ -183,6 +187,23 @@ class Response(OfPrompts, ResponseHandler):
         return await super().handle_request({"stream": False, **body}, request_id)  # transformers' own streams
 
 
+def unknown(name: object) -> HTTPException:
+    return HTTPException(404, f"The model {name!r} does not exist. GET /v1/models lists those that do.")
+
+
+def check_parts(messages: str | list) -> None:
+    """Refuses images, sound and files, which transformers' server leaves out in silence.
+
+    Raises:
+        HTTPException: A message has a part that is no text.
+    """
+    for message in messages if isinstance(messages, list) else []:
+        content = message.get("content") if isinstance(message, dict) else None
+        for part in content if isinstance(content, list) else []:
+            if part["type"] not in TEXTS:
+                raise HTTPException(400, f"A message has a part of type {part['type']!r}. This model reads text only.")
+
+
 def make_app(folder: Path, base_name: str, sampling: dict, config: ContinuousBatchingConfig, device: str) -> FastAPI:
     """The server of an exported bank.
 
@@ -196,7 +217,8 @@ def make_app(folder: Path, base_name: str, sampling: dict, config: ContinuousBat
     table = json.loads((folder / "prompt_ids.json").read_text(encoding="utf-8"))
     ids = {base_name: []} | {name: [*range(first, first + number)] for name, (first, number) in table.items()}
     manager = ModelManager(device=device, continuous_batching=True, force_model=str(folder))
-    manager.get_gen_models = lambda: [{"id": name, "object": "model", "owned_by": "peft_ptuning_ext"} for name in ids]
+    about = {"object": "model", "created": int(time.time()), "owned_by": "peft_ptuning_ext"}
+    manager.get_gen_models = lambda: [{"id": name, **about} for name in ids]
     model, _ = manager.load_model_and_processor(manager.process_model_name(str(folder)))
     model.generation_config.update(do_sample=sampling["temperature"] > 0, temperature=sampling["temperature"] or 1.0)
     model.generation_config.update(top_p=sampling["top_p"])
@@ -205,6 +227,13 @@ def make_app(folder: Path, base_name: str, sampling: dict, config: ContinuousBat
     handlers = Chat(manager, state), Completion(manager, state), Response(manager, state)
     app = build_server(manager, *handlers, *unused, state)
     app.router.routes = [route for route in app.router.routes if getattr(route, "path", "") not in NOT_SERVED]
+
+    @app.get("/v1/models/{name:path}")
+    def retrieve(name: str) -> dict:
+        if name not in ids:
+            raise unknown(name)
+        return {"id": name, **about}
+
     app.add_exception_handler(HTTPException, answer_error)
     app.add_exception_handler(RequestValidationError, answer_error)
     return app

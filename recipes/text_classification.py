@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict
 from shared.arguments import DataArguments, MethodArguments, ModelArguments, parse_arguments
-from shared.methods import make_callbacks, make_trainable, watch_prompt
+from shared.methods import choose_learning_rate, make_callbacks, make_trainable, watch_prompt
 from shared.models import cut_texts, find_model, find_packaged_encoder, load_tokenizer, load_with_head
 from shared.report import Outcome, can_measure_first, finish, in_data_order, make_command
 from shared.resuming import find_checkpoint
@@ -45,7 +45,6 @@ TRAINING_DEFAULTS = {
     "output_dir": "outputs/text_classification",
     "depth": "DEEP",
     "num_train_epochs": 12,
-    "learning_rate": 3e-2,
     "per_device_train_batch_size": 16,
     "per_device_eval_batch_size": 64,
     "metric_for_best_model": "accuracy",
@@ -138,6 +137,7 @@ def main(argv: list[str] | None = None) -> None:
     data = load_data(data_args, SPEECH_ACTS)
     data, labels = number_labels(data, columns.text_column, columns.label_column)
     model, tokenizer = load_model(name, labels, columns.max_length, method)
+    choose_learning_rate(args, method, model)
     tokens = tokenize(data, tokenizer)
 
     metric = evaluate.load(str(METRICS / "accuracy_f1"), keep_in_memory=True)

@@ -22,7 +22,7 @@ from itertools import chain
 import evaluate
 from datasets import ClassLabel, Dataset, DatasetDict
 from shared.arguments import DataArguments, MethodArguments, ModelArguments, parse_arguments
-from shared.methods import make_callbacks, make_trainable, watch_prompt
+from shared.methods import choose_learning_rate, make_callbacks, make_trainable, watch_prompt
 from shared.models import cut_texts, find_model, find_packaged_encoder, load_tokenizer, load_with_head
 from shared.report import Outcome, can_measure_first, finish, in_data_order, make_command
 from shared.resuming import find_checkpoint
@@ -43,7 +43,6 @@ TRAINING_DEFAULTS = {
     "output_dir": "outputs/token_classification",
     "depth": "DEEP",
     "num_train_epochs": 8,
-    "learning_rate": 3e-2,
     "per_device_train_batch_size": 16,
     "per_device_eval_batch_size": 64,
     "metric_for_best_model": "f1",
@@ -162,6 +161,7 @@ def main(argv: list[str] | None = None) -> None:
     data = load_data(data_args, JOURNEYS)
     data, labels = number_tags(data, columns.tokens_column, columns.tags_column)
     model, tokenizer = load_model(name, labels, columns.max_length, method)
+    choose_learning_rate(args, method, model)
     tokens = data.map(
         tokenize,
         batched=True,

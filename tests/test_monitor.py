@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 
 import pytest
@@ -16,7 +17,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, default_data_collator
 from transformers.integrations.neftune import activate_neftune
 
-from peft_ptuning_ext import PromptMonitor, fold_prompt, to_prompt_embeds
+from peft_ptuning_ext import DataCollatorWithAdapterNames, PromptMonitor, fold_prompt, to_prompt_embeds
 
 
 V = 4
@@ -367,3 +368,61 @@ def test_a_deep_prompt_is_watched_layer_by_layer(tmp_path) -> None:
         for kind, state in zip(("keys", "values"), pair, strict=True):
             norm = state.norm(dim=-1).mean().item()
             assert entry[f"prompt_norm_{kind}_{layer}"] == pytest.approx(norm)
+
+
+def make_run_by_row(folder, names: list[str], **arguments) -> Trainer:
+    """A Trainer of two prompts on one model, in which row i has the prompt names[i % len(names)]."""
+    model = make_adapted("BERT", "SEQ_CLS", length=V)
+    torch.manual_seed(1)
+    model.add_adapter("second", make_config("SEQ_CLS", length=V + 1))
+    model.set_requires_grad(["default", "second"])
+    rows = [{**row, "adapter_names": names[i % len(names)]} for i, row in enumerate(make_data())]
+    trainer = make_short_run(folder, model, rows, remove_unused_columns=False, **arguments)
+    trainer.data_collator = DataCollatorWithAdapterNames(default_data_collator)
+    return trainer
+
+
+def test_each_of_several_prompts_has_values_of_its_own(tmp_path) -> None:
+    trainer = make_run_by_row(tmp_path, ["default", "second"], max_grad_norm=0)
+    model, norms = trainer.model, {"default": [], "second": []}
+    start = {name: model.prompt_embeddings(name).detach().clone() for name in norms}
+
+    class GradientNorms(TrainerCallback):
+        def on_pre_optimizer_step(self, *args, **kwargs):
+            for name, parameter in model.named_parameters():
+                if "ptuning_encoders" in name:
+                    norms["second" if "second" in name else "default"].append(parameter.grad.norm().item())
+
+    trainer.add_callback(GradientNorms())
+    trainer.add_callback(PromptMonitor())
+    trainer.train()
+    entry = logged(trainer)[-1]
+    assert "prompt_norm" not in entry
+    for name in norms:
+        prompt = model.prompt_embeddings(name).detach()
+        assert entry[f"prompt_norm_{name}"] == pytest.approx(prompt.norm(dim=1).mean().item())
+        shift = (prompt - start[name]).norm() / start[name].norm()
+        assert entry[f"prompt_shift_{name}"] == pytest.approx(shift.item())
+        assert entry[f"prompt_grad_norm_{name}"] == pytest.approx(norms[name][-1])
+    assert entry["prompt_effect"] > 0
+
+
+def test_of_several_prompts_the_one_that_does_not_learn_is_told(tmp_path) -> None:
+    trainer = make_run_by_row(tmp_path, ["second"], max_steps=12)
+    PromptMonitor.watch(trainer, patience=4)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.train()
+    messages = [str(warning.message) for warning in caught if "does not seem" in str(warning.message)]
+    assert len(messages) == 1
+    assert "the prompt of 'default' does not seem to learn: it has moved by" in messages[0]
+
+
+def test_advice_is_in_units_of_where_the_prompt_started(tmp_path) -> None:
+    trainer = make_short_run(tmp_path, learning_rate=1e-6)
+    with torch.no_grad():
+        next(p for n, p in trainer.model.named_parameters() if "ptuning_encoders" in n).mul_(100)
+    rms = trainer.model.prompt_embeddings().square().mean().sqrt().item()
+    PromptMonitor.watch(trainer, patience=2)
+    with pytest.warns(UserWarning, match=re.escape(f"here {0.1 * rms:.1g} to {rms:.1g} ")):
+        trainer.train()

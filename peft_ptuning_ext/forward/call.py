@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Optional
 
@@ -86,6 +86,10 @@ class Call:
             past=past,
             cached_prompt=cached_prompt,
         )
+
+    def embeds(self, embed: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """The embeddings of the text, (B, S, H); `embed` makes them of token ids."""
+        return self.tokens if self.is_embedded else embed(self.tokens)
 
     def arguments(self, **changes: Any) -> dict[str, Any]:
         """All arguments by name, some of them changed."""

@@ -27,6 +27,7 @@ from . import in_attention, in_row, projections
 from .attention import KEYWORD, LAYER, Recording, adapt_attention, layer_of, register
 from .cache import full_view, note_prompt
 from .call import Call
+from .checkpointing import checkpoints_reentrantly, is_checkpointed
 from .in_attention import NotRecorded, check_recording
 from .in_place import positions_of_ids
 
@@ -65,7 +66,7 @@ def run(
     if way == "projections":
         return projections.run(stack, forward, call, prompt)
     check_implementation(stack)
-    if torch.is_grad_enabled() and in_attention.checkpoints_reentrantly(stack):
+    if torch.is_grad_enabled() and checkpoints_reentrantly(stack):
         call, prompt = _gather_gradients(call, prompt, embed)
     return in_attention.run(forward, call, prompt)
 
@@ -91,7 +92,7 @@ def _gather_gradients(
     """
     states = [state for pair in prompt.states.values() for state in pair]
     leaves = [state.detach().requires_grad_(state.requires_grad) for state in states]
-    embeds = _Gathering.apply(call.tokens if call.is_embedded else embed(call.tokens), leaves, *states)
+    embeds = _Gathering.apply(call.embeds(embed), leaves, *states)
     pairs = dict(zip(prompt.states, zip(leaves[::2], leaves[1::2], strict=True), strict=True))
     positions = call.given_positions if call.is_embedded else positions_of_ids(call)
     positions = call.given_positions if positions is None else positions
@@ -128,7 +129,7 @@ def check_implementation(stack: PreTrainedModel) -> None:
 def _run_behind_cache(stack: PreTrainedModel, forward: Callable, call: Call, prompt: Prompt) -> Any:
     """Puts the prompt into an empty cache and goes on behind it."""
     name, cache = call.backbone.cache_name, call.cache
-    if any(module.training and getattr(module, "gradient_checkpointing", False) for module in stack.modules()):
+    if is_checkpointed(stack):
         raise ValueError(
             f"{call.stack} takes a prompt in every layer through its cache, which transformers leaves out under "
             "gradient checkpointing. Turn gradient checkpointing off."

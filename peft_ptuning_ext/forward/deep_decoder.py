@@ -25,8 +25,9 @@ from ..prompts.layer import PTuningLayer
 from ..prompts.prompt import Prompt, States
 from .attention import KEYWORD, InFront, Recording, adapt_attention, restore_attention
 from .attention import layer_of as index_of
+from .checkpointing import checkpoints_reentrantly
 from .deep import check_implementation, first_decoder_layer, in_evaluation, record_call, refusal
-from .in_attention import NotRecorded, check_recording, checkpoints_reentrantly
+from .in_attention import NotRecorded, check_recording
 from .rows import join
 
 

@@ -116,16 +116,6 @@ def is_sharded(stack: PreTrainedModel) -> bool:
     )
 
 
-def checkpoints_reentrantly(stack: PreTrainedModel) -> bool:
-    """Whether gradient checkpointing is on, of the kind that passes no gradient to what a layer gets by name."""
-    for module in stack.modules():
-        if module.training and getattr(module, "gradient_checkpointing", False):
-            function = getattr(module, "_gradient_checkpointing_func", None)
-            if getattr(function, "keywords", {}).get("use_reentrant", True):
-                return True
-    return False
-
-
 def open_stored(stack: PreTrainedModel, device: torch.device) -> Optional[StoredStates]:
     """What is stored for a backbone as it is now; `None` if nothing may be stored or taken from there."""
     if torch.is_grad_enabled() or stack.training or torch.compiler.is_compiling():
@@ -271,10 +261,10 @@ class StoredStates:
             self._entries.pop(names, None)
             total -= size
 
-    def drop(self, adapter_name: Optional[str] = None) -> None:
-        """Drops the entries that an adapter is part of, or all."""
+    def drop(self, *adapter_names: str) -> None:
+        """Drops the entries that one of the adapters is part of; without a name, all."""
         for names in list(self._entries):
-            if adapter_name is None or adapter_name in names:
+            if not adapter_names or not set(names).isdisjoint(adapter_names):
                 self._entries.pop(names, None)
 
     def __len__(self) -> int:

@@ -42,7 +42,7 @@ def begin(
         stack (`nn.Module`): The backbone.
         forward (`Callable`): Its own `forward`.
         call ([`Call`]): What was asked.
-        prompt ([`Prompt`]): With its vectors, (1, V, H), or (B, V, H) by row.
+        prompt ([`Prompt`]): With its vectors, (1, V, H), or (G, V, H) of G different ones.
         embeds (`torch.Tensor`): The embeddings of the text, (B, S, H).
         why_in_row (`Callable`): Returns why the prompt stands in the row, for messages.
 
@@ -59,7 +59,8 @@ def begin(
     call.check_lengths(0, prompt.length if present is None else prompt.shift(rows), call.mask)
     places = None if call.mask is None else _places(call.backbone, call.mask, prompt.length)
     layout = Layout.at(places, prompt.length, text)
-    widened = {"input_ids": None, "inputs_embeds": layout.spread(by_row(prompt.vectors, rows), embeds)}
+    vectors = by_row(prompt.by_row(prompt.vectors), rows)
+    widened = {"input_ids": None, "inputs_embeds": layout.spread(vectors, embeds)}
     for name, value in PER_TOKEN_FILLS.items():
         if call.given.get(name) is not None:
             widened[name] = layout.fill(value, call.given[name])
@@ -69,7 +70,9 @@ def begin(
     if (positions := _positions(call, prompt, layout)) is not None:
         widened["position_ids"] = positions
     ends_in_padding = _ends_in_padding(call, places)
-    cached_prompt = dataclasses.replace(prompt, vectors=None, places=places, ends_in_padding=ends_in_padding)
+    cached_prompt = dataclasses.replace(
+        prompt, vectors=None, of_row=None, places=places, ends_in_padding=ends_in_padding
+    )
     if call.cache is not None:
         note_prompt(call.cache, cached_prompt)
         widened[call.backbone.cache_name] = full_view(call.cache)

@@ -6,6 +6,8 @@ Linear layers, norms and experts work on single positions, and notice nothing. A
 and each text the prompt and itself. The weights are read once, and each position of the prompt is computed once.
 Gradients reach the prompt through the hidden states. So this works wherever the backbone alone does: under every kind
 of gradient checkpointing, and with weights that are spread over processes.
+
+Where rows have prompts of their own, each of the G different ones is there once: G·V + B·S positions.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Optional
 
 import torch
@@ -26,6 +29,7 @@ from ..prompts.prompt import Prompt
 from .attention import KEYWORD, InFront, layer_of
 from .cache import is_static, note_prompt_beside, take_in
 from .call import Call
+from .checkpointing import is_checkpointed
 from .in_attention import NotRecorded, check_recording, is_sharded, text_positions
 from .in_row import RULED_INPUTS
 
@@ -55,15 +59,16 @@ def is_due(stack: PreTrainedModel, call: Call) -> bool:
     return torch.is_grad_enabled() or stack.training or has_token_types or is_sharded(stack)
 
 
-def costs_more(call: Call, length: int) -> bool:
-    """Whether V = `length` more tokens in each row cost less than this way, and the row has a place for all inputs.
+def costs_more(call: Call, prompt: Prompt) -> bool:
+    """Whether V more tokens in each row cost less than this way, and the row has a place for all inputs.
 
-    This way computes V + B·S positions instead of B·(V + S). Taking the row apart in each layer moves numbers that are
-    proportional to B·S·H, and a layer's own work is proportional to B·S·H². So it is worth its time where the share of
-    positions that it saves is above a constant divided by H. The constant is measured (docs/measurements.md).
+    This way computes G·V + B·S positions instead of B·(V + S). Taking the row apart in each layer moves numbers that
+    are proportional to B·S·H, and a layer's own work is proportional to B·S·H². So it is worth its time where the
+    share of positions that it saves is above a constant divided by H. The constant is measured (docs/measurements.md).
     """
     rows, text = call.tokens.shape[:2]
-    if (rows - 1) * length * call.backbone.width >= OVERHEAD * rows * (text + length):
+    number, length = prompt.vectors.shape[:2]
+    if (rows - number) * length * call.backbone.width >= OVERHEAD * rows * (text + length):
         return False
     is_plain = call.plain_mask is call.mask and (call.mask is not None or call.given_positions is None)
     return is_plain and not call.packing and not (call.cache is not None and is_static(call.cache))
@@ -76,7 +81,7 @@ def run(stack: PreTrainedModel, forward: Callable, call: Call, prompt: Prompt, e
         stack (`PreTrainedModel`): The backbone, a causal decoder.
         forward (`Callable`): Its own `forward`.
         call ([`Call`]): What was asked.
-        prompt ([`Prompt`]): With its vectors, (1, V, H).
+        prompt ([`Prompt`]): With its vectors, (G, V, H).
         embeds (`torch.Tensor`): The embeddings of the texts, (B, S, H).
 
     Returns:
@@ -89,19 +94,20 @@ def run(stack: PreTrainedModel, forward: Callable, call: Call, prompt: Prompt, e
     if call.given_positions is None:
         call.check_packing()
     call.check_per_token({*RULED_INPUTS, *PACKING_INPUTS})
-    call.check_lengths(0, prompt.length, call.plain_mask)
     rows, text = embeds.shape[:2]
-    positions = text_positions(call, call.plain_mask, prompt) + prompt.length
-    in_front = InFront(prompt, text, 0, call.plain_mask, positions)
+    call.check_lengths(0, prompt.shift(rows), call.plain_mask)
+    positions = text_positions(call, call.plain_mask, prompt)
+    of_texts = positions + prompt.shift(rows)
+    in_front = InFront(prompt, text, 0, call.plain_mask, positions + prompt.length, present=prompt.present(rows))
     packed = Packed(stack.config, call, prompt, embeds, in_front, _has_cache(stack, call), _is_constant(stack, embeds))
-    in_row = positions.expand(*positions.shape[:-2], rows, text).flatten(-2).unsqueeze(-2)
-    of_prompt = torch.arange(prompt.length, device=in_row.device).expand(*in_row.shape[:-1], -1)
+    in_row = of_texts.expand(*of_texts.shape[:-2], rows, text).flatten(-2).unsqueeze(-2)
+    of_prompts = packed.prompt_positions.repeat(packed.number).expand(*in_row.shape[:-1], -1)
     nothing = embeds.new_zeros(1, 1, 1, 1)  # a model takes a mask of four dimensions as it is
     arguments = {
         "input_ids": None,
-        "inputs_embeds": torch.cat([prompt.vectors, embeds.flatten(0, 1)[None]], dim=1),
+        "inputs_embeds": torch.cat([packed.vectors.flatten(0, 1), embeds.flatten(0, 1)])[None],
         "attention_mask": dict.fromkeys(call.mask, nothing) if isinstance(call.mask, dict) else nothing,
-        "position_ids": torch.cat([of_prompt, in_row], dim=-1),
+        "position_ids": torch.cat([of_prompts, in_row], dim=-1),
         call.backbone.cache_name: None,
         "use_cache": False,
         "return_dict": True,
@@ -109,9 +115,9 @@ def run(stack: PreTrainedModel, forward: Callable, call: Call, prompt: Prompt, e
     }
     for name, value in PER_TOKEN_FILLS.items():
         if name != "attention_mask" and call.given.get(name) is not None:
-            of_texts = call.given[name].flatten(0, 1)[None]
-            fill = of_texts.new_full((1, prompt.length, *of_texts.shape[2:]), value)
-            arguments[name] = torch.cat([fill, of_texts], dim=1)
+            given = call.given[name].flatten(0, 1)[None]
+            fill = given.new_full((1, packed.length, *given.shape[2:]), value)
+            arguments[name] = torch.cat([fill, given], dim=1)
     output = forward(**call.arguments(**arguments))
     check_recording(packed, stack.config)
     for name, value in output.items():
@@ -139,7 +145,7 @@ def _is_constant(stack: PreTrainedModel, embeds: torch.Tensor) -> bool:
 
 def _has_cache(stack: PreTrainedModel, call: Call) -> bool:
     """Whether the backbone by itself would fill a cache: one that it was given, or one that it returns."""
-    if any(module.training and getattr(module, "gradient_checkpointing", False) for module in stack.modules()):
+    if is_checkpointed(stack):
         return False
     return call.cache is not None or _is_asked(stack.config, call)
 
@@ -157,14 +163,14 @@ class Packed:
     Args:
         config (`PreTrainedConfig`): The backbone's.
         call ([`Call`]): What was asked.
-        prompt ([`Prompt`]): With its vectors, (1, V, H).
+        prompt ([`Prompt`]): With its vectors, (G, V, H).
         embeds (`torch.Tensor`): The embeddings of the texts, (B, S, H).
         in_front ([`InFront`]): The prompt in front of the texts; its states are those of one layer.
         has_cache (`bool`): Whether a cache is filled with the texts.
         is_constant (`bool`): Whether the first layer needs no gradient of the texts' queries, keys and values.
-        states (`dict`): By layer, keys and values of the prompt and of the texts, if a cache is filled with them.
+        states (`dict`): By layer, keys and values in front of the texts and theirs, if a cache is filled with them.
         windows (`dict[int, int]`): By layer, how far back it looks.
-        masks (`dict[bool, tuple]`): Masks of the prompt and of the texts, by whether a layer has a window.
+        masks (`dict[bool, tuple]`): Masks of the prompts and of the texts, by whether a layer has a window.
         attended (`int`): How often attention was called.
         first (`nn.Module`, *optional*): The attention of the first layer.
     """
@@ -182,46 +188,80 @@ class Packed:
     attended: int = 0
     first: Optional[nn.Module] = None
 
+    @property
+    def number(self) -> int:
+        """How many prompts there are, G."""
+        return len(self.prompt.vectors)
+
+    @property
+    def length(self) -> int:
+        """How many positions they have, G·V."""
+        return self.number * self.prompt.length
+
+    @cached_property
+    def prompt_positions(self) -> torch.Tensor:
+        """The positions of a prompt, (V,)."""
+        return torch.arange(self.prompt.length, device=self.embeds.device)
+
+    @property
+    def vectors(self) -> torch.Tensor:
+        """Those of the prompts, (G, V, H). A shorter one begins in the first column, and has zeros behind it."""
+        vectors, lengths = self.prompt.vectors, self.prompt.lengths
+        if lengths is None:
+            return vectors
+        columns = self.prompt_positions + self.prompt.length - self.prompt.by_prompt(lengths)[:, None]
+        return vectors.take_along_dim(columns.clamp(max=self.prompt.length - 1)[..., None], dim=1)
+
+    def in_front_of_rows(self, values: torch.Tensor) -> torch.Tensor:
+        """Keys or values of the prompts, (G, heads, V, D), in front of the rows: (B or 1, heads, V, D)."""
+        values, lengths = self.prompt.by_row(values), self.prompt.lengths
+        if lengths is None:
+            return values
+        columns = (self.prompt_positions - self.prompt.length + lengths[:, None]).clamp(min=0)
+        return values.take_along_dim(columns[:, None, :, None], dim=2)
+
     def attend(self, attention, module, query, key, value, mask, kwargs) -> tuple[torch.Tensor, Any]:
         """The attention of one layer: of the prompt to itself, and of each text to the prompt and itself.
 
         Args:
             attention (`Callable`): The attention function of the model.
             module (`nn.Module`): The attention layer.
-            query (`torch.Tensor`): (1, heads, V + B·S, D).
-            key (`torch.Tensor`): (1, key-value heads, V + B·S, D).
+            query (`torch.Tensor`): (1, heads, G·V + B·S, D).
+            key (`torch.Tensor`): (1, key-value heads, G·V + B·S, D).
             value (`torch.Tensor`): Likewise.
             mask (`Any`): What the model has made of a mask that says nothing.
             kwargs (`dict`): The further arguments of the attention function.
         """
         rows, text = self.embeds.shape[:2]
-        sizes = [self.prompt.length, rows * text]
+        sizes = [self.length, rows * text]
         if not query.shape[2] == key.shape[2] == sum(sizes):
             raise NotRecorded("its attention does not get one query and one key for each position")
-        of_prompt, of_texts = zip(*(tensor.split(sizes, dim=2) for tensor in (query, key, value)))
-        of_texts = [tensor[0].unflatten(1, (rows, text)).transpose(0, 1) for tensor in of_texts]
+        of_prompts, of_texts = zip(*(tensor[0].split(sizes, dim=1) for tensor in (query, key, value)))
+        of_prompts = [tensor.unflatten(1, self.prompt.vectors.shape[:2]).transpose(0, 1) for tensor in of_prompts]
+        of_texts = [tensor.unflatten(1, (rows, text)).transpose(0, 1) for tensor in of_texts]
+        in_front_of_texts = tuple(self.in_front_of_rows(tensor) for tensor in of_prompts[1:])
         self.first = module if self.first is None else self.first
         if self.is_constant and module is self.first:
             of_texts = [tensor.detach() for tensor in of_texts]
         layer = layer_of(module)
         layer, window = self.attended if layer is None else layer, kwargs.get("sliding_window")
         # Without a cache nothing is held: under gradient checkpointing this object lives on until the backward pass.
-        self.states[layer] = (of_prompt[1:], tuple(of_texts[1:])) if self.has_cache else None
+        self.states[layer] = (in_front_of_texts, tuple(of_texts[1:])) if self.has_cache else None
         self.windows[layer] = window
         self.attended += 1
         prompt_mask, text_mask = self._masks(window is not None)
         alone, beside = {name: kwargs[name] for name in kwargs if name not in OF_TEXTS}, dict(kwargs)
         if kwargs.get("position_ids") is not None:
-            alone["position_ids"] = kwargs["position_ids"][..., : self.prompt.length]
+            alone["position_ids"] = self.prompt_positions.expand(self.number, -1)
             beside["position_ids"] = self.in_front.positions
-        output, _ = attention(module, *of_prompt, prompt_mask, **alone)
-        prompt = dataclasses.replace(self.prompt, states={layer: of_prompt[1:]})
+        output, _ = attention(module, *of_prompts, prompt_mask, **alone)
+        prompt = dataclasses.replace(self.prompt, states={layer: in_front_of_texts})
         in_front = dataclasses.replace(self.in_front, prompt=prompt)
         outputs, weights = in_front.attend(attention, module, *of_texts, text_mask, beside)
-        return torch.cat([output, outputs.flatten(0, 1)[None]], dim=1), weights
+        return torch.cat([output.flatten(0, 1), outputs.flatten(0, 1)])[None], weights
 
     def _masks(self, has_window: bool) -> tuple[Any, Any]:
-        """The masks of the prompt and of the texts, each for itself, of the kind that attention takes."""
+        """The masks of the prompts and of the texts, each for itself, of the kind that attention takes."""
         if has_window not in self.masks:
             make = create_sliding_window_causal_mask if has_window else create_causal_mask
             mask, positions = self.call.mask, self.call.given_positions
@@ -234,11 +274,11 @@ class Packed:
         return self.masks[has_window]
 
     def unpack(self, value: Any) -> Any:
-        """The texts' part of an output, whatever its nesting: (1, V + B·S, …) → (B, S, …), (V + B·S, E) → (B·S, E)."""
+        """The texts' part of an output, whatever its nesting: (1, G·V + B·S, …) → (B, S, …), or of routers (…, E)."""
         if type(value) in (tuple, list):
             return type(value)(self.unpack(item) for item in value)
         rows, text = self.embeds.shape[:2]
-        length, total = self.prompt.length, self.prompt.length + rows * text
+        length, total = self.length, self.length + rows * text
         if not isinstance(value, torch.Tensor):
             return value
         if value.dim() == 3 and value.shape[:2] == (1, total):
@@ -250,7 +290,7 @@ class Packed:
         cache = DynamicCache(config=self.config) if self.call.cache is None else self.call.cache
         for layer, (_, of_texts) in self.states.items():
             cache.update(*of_texts, layer)
-        states = {layer: of_prompt for layer, (of_prompt, _) in self.states.items()}
-        note_prompt_beside(cache, dataclasses.replace(self.prompt, vectors=None, states=states))
+        states = {layer: in_front for layer, (in_front, _) in self.states.items()}
+        note_prompt_beside(cache, dataclasses.replace(self.prompt, vectors=None, of_row=None, states=states))
         take_in(cache)
         return cache

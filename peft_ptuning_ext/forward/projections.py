@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from ..backbone import key_value_projections
 from ..prompts.prompt import Prompt, States
 from .call import Call
+from .checkpointing import is_checkpointed
 
 
 # The attribute of an attention that has hooks of ours: their handles.
@@ -47,7 +48,7 @@ _running: ContextVar[Optional[_InFront]] = ContextVar("running", default=None)
 
 def run(stack: PreTrainedModel, forward: Callable, call: Call, prompt: Prompt) -> Any:
     """Runs a call with a deep prompt; see [`~peft_ptuning_ext.forward.deep.run`]."""
-    if any(module.training and getattr(module, "gradient_checkpointing", False) for module in stack.modules()):
+    if is_checkpointed(stack):
         raise ValueError(
             f"{call.stack} can't take a prompt in every layer under gradient checkpointing, which runs its layers "
             "again when the call that the prompt belongs to is over. Turn gradient checkpointing off."

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from ..prompts.choice import Names, Rows
+from ..prompts.choice import BASE, Names, Rows
 from ..prompts.layer import PTuningLayer
 from ..prompts.prompt import Prompt, States
 from . import deep, in_attention, in_row, one_pass
@@ -51,7 +51,10 @@ def run(
     """
     of_rows = names.of_batch(call.stack, len(call.tokens)) if isinstance(names, Rows) else (names,)
     check_no_template(layer, of_rows)
-    if why_in_row() is None and not one_pass.is_due(stack, call):
+    if torch.is_grad_enabled():  # training may write through `.data`, which leaves no trace
+        stack.ptuning.states.drop(*{name for each in of_rows for name in each} or {BASE})
+    is_due = one_pass.is_due(stack, call)
+    if why_in_row() is None and not is_due:
         try:
             prompts = _with_states(stack, forward, layer, list(dict.fromkeys(of_rows)), dtype)
             joined = join(names, of_rows, prompts, call.tokens.device, call.backbone.counts_itself)
@@ -59,6 +62,11 @@ def run(
         except NotRecorded as reason:
             stack.ptuning.not_recorded = str(reason)
     vectors, states = (_part(call, layer, names, of_rows, is_deep, dtype) for is_deep in (False, True))
+    if why_in_row() is None and is_due and states is None and not one_pass.costs_more(call, vectors):
+        try:
+            return one_pass.run(stack, forward, call, vectors, call.embeds(layer.embed))
+        except NotRecorded as reason:
+            stack.ptuning.not_recorded = str(reason)
     if states is None:
         return _run_in_row(stack, forward, call, layer, vectors, why_in_row)
     _check_deep(call, states)
@@ -89,8 +97,7 @@ def _run_in_row(
 ) -> Any:
     if prompt.lengths is not None:
         in_row.check_positions(call)
-    embeds = call.tokens if call.is_embedded else layer.embed(call.tokens)
-    return in_row.begin(stack, forward, call, prompt, embeds, why_in_row)
+    return in_row.begin(stack, forward, call, prompt, call.embeds(layer.embed), why_in_row)
 
 
 def _run_deep(stack: nn.Module, forward: Callable, layer: PTuningLayer, prompt: Prompt, **given: Any) -> Any:
@@ -182,8 +189,8 @@ def join(
     made = {each: prompt for each, prompt in prompts.items() if prompt is not None}
     length = max(prompt.length for prompt in made.values())
     order = list(prompts)
-    index = torch.tensor([order.index(each) for each in of_rows], device=device)
     is_in_order = list(of_rows) == order
+    index = None if is_in_order else torch.tensor([order.index(each) for each in of_rows], device=device)
     some = next(iter(made.values()))
     if any((prompt.states or {}).keys() != (some.states or {}).keys() for prompt in made.values()):
         raise ValueError("`adapter_names` has prompts in the encoder and prompts in the decoder in one batch.")
@@ -191,14 +198,17 @@ def join(
     def gather(values: list[Optional[torch.Tensor]]) -> torch.Tensor:
         like = next(value for value in values if value is not None)
         padded = [_pad(value, like, length) for value in values]
-        whole = padded[0] if len(padded) == 1 else torch.cat(padded)
-        return whole if is_in_order else whole[index.to(whole.device)]
+        return padded[0] if len(padded) == 1 else torch.cat(padded)
+
+    def gather_by_row(values: list[Optional[torch.Tensor]]) -> torch.Tensor:
+        whole = gather(values)
+        return whole if index is None else whole[index.to(whole.device)]
 
     states: Optional[States] = None
     if some.states is not None:
         of_layer = {i: [None if p is None else p.states[i] for p in prompts.values()] for i in some.states}
         states = {
-            i: tuple(gather([None if pair is None else pair[kind] for pair in pairs]) for kind in (0, 1))
+            i: tuple(gather_by_row([None if pair is None else pair[kind] for pair in pairs]) for kind in (0, 1))
             for i, pairs in of_layer.items()
         }
     vectors = None if some.vectors is None else gather([None if p is None else p.vectors for p in prompts.values()])
@@ -214,6 +224,7 @@ def join(
         lengths=torch.tensor(lengths, device=device) if len(set(lengths)) > 1 else None,
         starts=torch.tensor(starts, device=device) if len(set(starts)) > 1 or len(set(lengths)) > 1 else None,
         bare=torch.tensor(bare, device=device) if any(bare) else None,
+        of_row=None if vectors is None else index,
     )
 
 

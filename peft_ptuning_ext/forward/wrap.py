@@ -23,7 +23,6 @@ from torch.utils.hooks import RemovableHandle
 from ..backbone import Backbone
 from ..prompts.adapter import ATTACHMENT, find_stack, layer_of
 from ..prompts.choice import Rows
-from ..prompts.layer import PTuningLayer
 from . import deep, deep_decoder, in_attention, in_place, in_row, one_pass, paged, rows
 from .attention import adapt_attention, restore_attention
 from .call import Call
@@ -100,18 +99,12 @@ def run(stack: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
                 (shared,) = in_attention.with_states(stack, forward, [prompt], stored)
                 return in_attention.run(forward, call, shared)
             if torch.is_grad_enabled():  # training may write through `.data`, which leaves no trace
-                for name in names:
-                    attachment.states.drop(name)
-            if not one_pass.costs_more(call, prompt.length):
-                return one_pass.run(stack, forward, call, prompt, _embed(call, layer))
+                attachment.states.drop(*names)
+            if not one_pass.costs_more(call, prompt):
+                return one_pass.run(stack, forward, call, prompt, call.embeds(layer.embed))
         except NotRecorded as reason:
             attachment.not_recorded = str(reason)
-    return in_row.begin(stack, forward, call, prompt, _embed(call, layer), why)
-
-
-def _embed(call: Call, layer: PTuningLayer) -> torch.Tensor:
-    """The embeddings of the text, (B, S, H)."""
-    return call.tokens if call.is_embedded else layer.embed(call.tokens)
+    return in_row.begin(stack, forward, call, prompt, call.embeds(layer.embed), why)
 
 
 def why_in_row(stack: nn.Module) -> Optional[str]:

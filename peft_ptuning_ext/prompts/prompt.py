@@ -25,7 +25,8 @@ class Prompt:
     Args:
         names (`tuple[str, ...]` or [`Rows`]): The adapters that it is made of, for all rows or by row.
         length (`int`): V, of which a row may have fewer, at the end.
-        vectors (`torch.Tensor`, *optional*): What enters the first layer, (1, V, H), or (B, V, H) by row.
+        vectors (`torch.Tensor`, *optional*):
+            What enters the first layer: (1, V, H), or (G, V, H) of the G different prompts of a batch.
         states (`dict[int, tuple]`, *optional*): Its keys and values in every layer.
         places (`torch.Tensor`, *optional*):
             In a cache: the columns of the text that it stands before, (B or 1, V); `None`: behind the padding on the
@@ -41,6 +42,8 @@ class Prompt:
         lengths (`torch.Tensor`, *optional*): How many of the V columns each row has, (B,); `None`: all.
         starts (`torch.Tensor`, *optional*): How many positions it takes from each row, (B,), if rows differ.
         bare (`torch.Tensor`, *optional*): Which rows have no adapter, (B,); `None`: none.
+        of_row (`torch.Tensor`, *optional*):
+            Which of the G vectors each row has, (B,); `None`: all rows the only one, or each its own.
     """
 
     names: Names | Rows
@@ -55,6 +58,7 @@ class Prompt:
     lengths: Optional[torch.Tensor] = None
     starts: Optional[torch.Tensor] = None
     bare: Optional[torch.Tensor] = None
+    of_row: Optional[torch.Tensor] = None
 
     @property
     def positions(self) -> int:
@@ -72,6 +76,16 @@ class Prompt:
             return None
         columns = torch.arange(self.length, device=self.lengths.device)
         return by_row(columns >= self.length - self.lengths[:, None], rows)
+
+    def by_row(self, values: torch.Tensor) -> torch.Tensor:
+        """What each row has of values that there are for each of the G prompts: (G, …) → (B, …)."""
+        return values if self.of_row is None else values[self.of_row.to(values.device)]
+
+    def by_prompt(self, values: torch.Tensor) -> torch.Tensor:
+        """What each of the G prompts has of values of rows, the same in all rows of a prompt: (B,) → (G,)."""
+        if self.of_row is None:
+            return values
+        return values.new_zeros(len(self.vectors)).index_copy(0, self.of_row, values)
 
     def counted_or(self, columns: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
         """Positions (B, S) that count what is no padding, and those of the columns in rows without a prompt.

@@ -4,13 +4,14 @@
 
 All models have the same random weights. A round runs each case once, in shuffled order, and the table has the medians
 and quartiles of the ratios within a round. With no arguments, a Llama of 6 layers and width 512 is measured, which
-takes about ten minutes on two CPU cores:
+takes about two minutes on two CPU cores:
 
     pip install -e ".[recipes]"
     python recipes/measure/many.py
 
-What is measured: `prefill` (a text read, its cache filled), `token` (one generated token behind that cache, the mean
-of some) and, of prompts, `train_step` (forward and backward of the loss, without an optimizer).
+What is measured: `prefill` (a text read, its cache filled; keys and values of the prompts are stored before), `token`
+(one generated token behind that cache, the mean of some) and, of prompts, `train_step` (forward and backward of the
+loss, without an optimizer).
 """
 
 import copy
@@ -29,6 +30,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import HfArgumentParser
 
 from peft_ptuning_ext import PTuningConfig
+from peft_ptuning_ext.forward import one_pass
 
 
 @dataclass
@@ -37,6 +39,7 @@ class ManyArguments:
 
     model_size: str = field(default="small", metadata={"help": "See SIZES in benchmark_runs.py."})
     rows: int = field(default=64, metadata={"help": "Texts in a batch of prompts, each with one of its own."})
+    shared: int = field(default=4, metadata={"help": "Prompts of a batch in which several rows have the same."})
     lora_rows: int = field(default=16, metadata={"help": "Texts in a batch beside LoRA."})
     text_length: int = field(default=32, metadata={"help": "Tokens of a text, S."})
     prompt_length: int = field(default=20, metadata={"help": "Virtual tokens of a prompt, V."})
@@ -67,6 +70,7 @@ def read(model: PeftModel, ids: torch.Tensor, names: list[str] | None) -> object
 
 def time_reading(model: PeftModel, ids: torch.Tensor, names: list[str] | None, new_tokens: int) -> dict[str, float]:
     """Seconds of the prefill, and of a generated token behind it."""
+    read(model, ids[:, :1], names)  # a training step before it leaves no keys and values of its prompts
     start = time.perf_counter()
     cache = read(model, ids, names)
     prefill, (rows, text) = time.perf_counter() - start, ids.shape
@@ -86,6 +90,15 @@ def time_training(model: PeftModel, ids: torch.Tensor, names: list[str] | None) 
     start = time.perf_counter()
     model(input_ids=ids, labels=ids, use_cache=False, adapter_names=names).loss.backward()
     return {"train_step": time.perf_counter() - start}
+
+
+def time_concatenated(model: PeftModel, ids: torch.Tensor, names: list[str]) -> dict[str, float]:
+    """Seconds of a training step whose rows have their prompts in front, rather than each prompt once."""
+    overhead, one_pass.OVERHEAD = one_pass.OVERHEAD, float("inf")
+    try:
+        return time_training(model, ids, names)
+    finally:
+        one_pass.OVERHEAD = overhead
 
 
 def time_cases(cases: dict[str, Callable[[], dict[str, float]]], args: ManyArguments) -> dict[str, dict[str, list]]:
@@ -115,13 +128,16 @@ def measure(args: ManyArguments) -> dict[str, dict[str, list]]:
     prompts, loras = add_adapters(base, prompt, args.rows), add_adapters(base, lora, args.lora_rows)
     prompts.set_requires_grad(list(prompts.peft_config), True)
     own, few_own = [str(i) for i in range(args.rows)], [str(i) for i in range(args.lora_rows)]
-    tokens = args.new_tokens
+    some, tokens = own[: args.shared] * -(-args.rows // args.shared), args.new_tokens
+    some = some[: args.rows]
     return time_cases(
         {
             "one prompt": lambda: time_reading(prompts, ids, None, tokens) | time_training(prompts, ids, None),
             "a prompt for each row": lambda: (
                 time_reading(prompts, ids, own, tokens) | time_training(prompts, ids, own)
             ),
+            "some prompts": lambda: time_reading(prompts, ids, some, tokens) | time_training(prompts, ids, some),
+            "some prompts, concatenated": lambda: time_concatenated(prompts, ids, some),
             "one prompt, few rows": lambda: time_reading(prompts, few, None, tokens),
             "a prompt for each of few rows": lambda: time_reading(prompts, few, few_own, tokens),
             "one LoRA, few rows": lambda: time_reading(loras, few, None, tokens),
@@ -134,6 +150,8 @@ def measure(args: ManyArguments) -> dict[str, dict[str, list]]:
 # What is divided by what.
 RATIOS = [
     ("a prompt for each row", "one prompt"),
+    ("some prompts", "one prompt"),
+    ("some prompts", "some prompts, concatenated"),
     ("a prompt for each of few rows", "one prompt, few rows"),
     ("a LoRA for each of few rows", "one LoRA, few rows"),
     ("a LoRA for each of few rows", "a prompt for each of few rows"),
@@ -153,6 +171,7 @@ def write_table(found: dict[str, dict[str, list]], args: ManyArguments) -> str:
             cells.append(f"{median:.2f} ({low:.2f}–{high:.2f})")
         rows = args.lora_rows if "few" in above else args.rows
         title = f"{above} ÷ {below}".replace(", few rows", "").replace("each of few rows", "each row")
+        title = title.replace("some", str(args.shared))
         lines.append(f"| {title} | {rows} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

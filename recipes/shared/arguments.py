@@ -101,7 +101,8 @@ def parse_arguments(dataclasses: list, defaults: dict, argv: list[str] | None) -
     """Returns one object per dataclass, filled from the command line.
 
     The first word may be a YAML or JSON file of options. Options behind it override those of the file. The `depth` of
-    `defaults` is that of this package's prompts. Other methods have none, and refuse one that is given.
+    `defaults` is that of this package's prompts. Other methods have none, and refuse one that is given. Where the
+    method is an argument, a learning rate that is not given is `None`.
 
     Raises:
         ValueError: The file does not exist, holds no table of options, or has an option that no dataclass knows.
@@ -111,6 +112,8 @@ def parse_arguments(dataclasses: list, defaults: dict, argv: list[str] | None) -
     known = {action.dest for action in parser._actions}
     defaults = {**defaults}
     depth = defaults.pop("depth", "INPUT")
+    if MethodArguments in dataclasses:
+        parser.set_defaults(learning_rate=None)  # `choose_learning_rate` of shared/methods.py
     parser.set_defaults(**{name: value for name, value in SHARED_DEFAULTS.items() if name in known} | defaults)
     if argv and argv[0].endswith((".yaml", ".yml", ".json")):
         file, argv = Path(argv[0]), argv[1:]

@@ -6,7 +6,14 @@ import warnings
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PrefixTuningConfig, PromptEncoderConfig, get_peft_model
-from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from peft_ptuning_ext import PromptMonitor, PTuningConfig
 from shared.arguments import MethodArguments
@@ -14,6 +21,13 @@ from shared.arguments import MethodArguments
 
 # PEFT 0.21 itself reads the old name while it wraps a model.
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+
+
+# Learning rates where `--learning_rate` is not given. Adam moves a number by about the rate in each step, whatever its
+# gradient. So the rates of this package's prompts without a network are in units of the RMS of the numbers that the
+# prompt starts at: one rate suits models whose embeddings differ in scale.
+RATES = {"ptuning": 1e-2, "peft_ptuning": 1e-2, "peft_prefix": 3e-2, "lora": 1e-3, "head": 1e-2}
+RELATIVE_RATES = {"INPUT": 0.5, "DEEP": 0.05}
 
 
 def make_trainable(
@@ -45,6 +59,26 @@ def make_trainable(
         f"{deployed:,} of them deployed"
     )
     return adapted
+
+
+def choose_learning_rate(args: TrainingArguments, method: MethodArguments, model: torch.nn.Module) -> None:
+    """Sets the learning rate where none was given: that of the method, or in units of where the prompt starts."""
+    if args.learning_rate is not None:
+        return
+    is_plain = method.method == "ptuning" and method.encoder in (None, "NONE")
+    args.learning_rate = prompt_rate(model) if is_plain else RATES[method.method]
+    print(f"learning rate {args.learning_rate:.2g}")
+
+
+def prompt_rate(model: PeftModel) -> float:
+    """The learning rate for the active prompt, from the root mean square of the numbers that it starts at."""
+    config = model.active_peft_config
+    if config.is_deep:
+        numbers = [state for pair in model.prompt_key_values().values() for state in pair]
+    else:
+        numbers = [model.prompt_embeddings()]
+    rms = torch.cat([part.detach().float().flatten() for part in numbers]).square().mean().sqrt()
+    return RELATIVE_RATES[config.prompt_depth] * float(rms)
 
 
 def _make_config(args: MethodArguments, task_type: str, tokenizer: PreTrainedTokenizerBase) -> PeftConfig:

@@ -113,7 +113,13 @@ def test_all_at_once(client, bank, base) -> None:
 
 
 def test_models_are_the_prompts(client, base) -> None:
-    assert sorted(model.id for model in client.models.list()) == sorted([base, *NAMES])
+    models = {model.id: model for model in client.models.list()}
+    assert sorted(models) == sorted([base, *NAMES])
+    for name, model in models.items():
+        assert client.models.retrieve(name) == model
+    with pytest.raises(openai.NotFoundError, match="The model 'unknown' does not exist") as error:
+        client.models.retrieve("unknown")
+    assert error.value.code == "model_not_found"
 
 
 def test_errors_are_those_of_the_api(client, bank) -> None:
@@ -148,6 +154,19 @@ def test_errors_are_those_of_the_api(client, bank) -> None:
     for messages in ("text", [{"role": "user", "content": 5}]):
         with pytest.raises(openai.BadRequestError, match="A field of the request is not what the API has there"):
             client.chat.completions.create(model=NAMES[0], messages=messages)
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
+    parts = [{"role": "user", "content": [{"type": "text", "text": "A bird"}, image]}]
+    with pytest.raises(openai.BadRequestError, match="A message has a part of type 'image_url'. This model reads"):
+        client.chat.completions.create(model=NAMES[0], messages=parts)
+    parts = [{"role": "user", "content": [{"type": "input_image", "image_url": image["image_url"]["url"]}]}]
+    with pytest.raises(openai.BadRequestError, match="A message has a part of type 'input_image'"):
+        client.responses.create(model=NAMES[0], input=parts)
+    parts = [{"role": "user", "content": [{"type": "text", "text": message["content"]}]} for message in MESSAGES]
+    answers = [
+        client.chat.completions.create(model=NAMES[0], messages=messages).choices[0].message.content
+        for messages in (MESSAGES, parts)
+    ]
+    assert answers[0] == answers[1]
     other = {"chat_template_kwargs": {"prompt": NAMES[1]}}
     with pytest.raises(openai.BadRequestError, match="The text has entries of a prompt"):
         client.chat.completions.create(model=NAMES[0], messages=MESSAGES, extra_body=other)
