@@ -311,7 +311,9 @@ class Target:
     def __init__(self, folder: Path):
         torch.manual_seed(0)
         fill(make_many("BERT", "SEQ_CLS"), "BERT", "SEQ_CLS").save(folder)
-        self.folder, self.written, self.tensors = folder, (folder / FILE).read_bytes(), load_file(folder / FILE)
+        self.folder, self.written = folder, (folder / FILE).read_bytes()
+        # Copies: what is loaded lies in the file, which the tests write to.
+        self.tensors = {name: tensor.clone() for name, tensor in load_file(folder / FILE).items()}
         self.entry = BankFile(folder / FILE)._file.metadata()["prompt_bank"]
         self.base, self.batch = make_model("BERT", "SEQ_CLS").eval(), make_batch("BERT", "SEQ_CLS")
         self.before, self.seen = look(self.base, self.batch), Counter()
