@@ -370,13 +370,13 @@ def test_a_deep_prompt_is_watched_layer_by_layer(tmp_path) -> None:
             assert entry[f"prompt_norm_{kind}_{layer}"] == pytest.approx(norm)
 
 
-def make_run_by_row(folder, names: list[str], **arguments) -> Trainer:
+def make_run_by_row(folder, names: list[str], task: str = "SEQ_CLS", **arguments) -> Trainer:
     """A Trainer of two prompts on one model, in which row i has the prompt names[i % len(names)]."""
-    model = make_adapted("BERT", "SEQ_CLS", length=V)
+    model = make_adapted("BERT", task, length=V)
     torch.manual_seed(1)
-    model.add_adapter("second", make_config("SEQ_CLS", length=V + 1))
+    model.add_adapter("second", make_config(task, length=V + 1))
     model.set_requires_grad(["default", "second"])
-    rows = [{**row, "adapter_names": names[i % len(names)]} for i, row in enumerate(make_data())]
+    rows = [{**row, "adapter_names": names[i % len(names)]} for i, row in enumerate(make_data(task))]
     trainer = make_short_run(folder, model, rows, remove_unused_columns=False, **arguments)
     trainer.data_collator = DataCollatorWithAdapterNames(default_data_collator)
     return trainer
@@ -407,15 +407,21 @@ def test_each_of_several_prompts_has_values_of_its_own(tmp_path) -> None:
     assert entry["prompt_effect"] > 0
 
 
-def test_of_several_prompts_the_one_that_does_not_learn_is_told(tmp_path) -> None:
-    trainer = make_run_by_row(tmp_path, ["second"], max_steps=12)
+@pytest.mark.parametrize(
+    ("names", "symptom"), [(["second"], "it has moved by"), (["default", "second"], "no gradient has reached it")]
+)
+def test_of_several_prompts_the_one_that_does_not_learn_is_told(names, symptom, tmp_path) -> None:
+    trainer = make_run_by_row(tmp_path, names, "TOKEN_CLS", max_steps=12)
+    for row in trainer.train_dataset:
+        if row["adapter_names"] == "default":
+            row["labels"] = torch.full_like(row["labels"], -100)
     PromptMonitor.watch(trainer, patience=4)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer.train()
     messages = [str(warning.message) for warning in caught if "does not seem" in str(warning.message)]
     assert len(messages) == 1
-    assert "the prompt of 'default' does not seem to learn: it has moved by" in messages[0]
+    assert f"the prompt of 'default' does not seem to learn: {symptom}" in messages[0]
 
 
 def test_advice_is_in_units_of_where_the_prompt_started(tmp_path) -> None:

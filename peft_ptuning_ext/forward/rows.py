@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from ..prompts.choice import BASE, Names, Rows
+from ..prompts.choice import Names, Rows
 from ..prompts.layer import PTuningLayer
 from ..prompts.prompt import Prompt, States
 from . import deep, in_attention, in_row, one_pass
@@ -52,7 +52,7 @@ def run(
     of_rows = names.of_batch(call.stack, len(call.tokens)) if isinstance(names, Rows) else (names,)
     check_no_template(layer, of_rows)
     if torch.is_grad_enabled():  # training may write through `.data`, which leaves no trace
-        stack.ptuning.states.drop(*{name for each in of_rows for name in each} or {BASE})
+        stack.ptuning.states.drop(*{name for each in of_rows for name in each})
     is_due = one_pass.is_due(stack, call)
     if why_in_row() is None and not is_due:
         try:

@@ -137,9 +137,10 @@ def test_a_window_of_any_length_sees_as_much_of_each_prompt(family: str, window:
     model = make_many(family, sizes={"sliding_window": window})
     batch = make_batch(family, "CAUSAL_LM", (S, 4, S, S), pad_left=True)
     names, seen = CHOICES["all lengths"][0], batch["attention_mask"].bool()
-    packed = model(**batch, adapter_names=names).logits
-    with torch.no_grad():
-        assert_same(packed[seen], model(**batch, adapter_names=names).logits[seen])
+    for given, compared in ((batch, seen), ({"input_ids": batch["input_ids"]}, torch.ones_like(seen))):
+        packed = model(**given, adapter_names=names).logits
+        with torch.no_grad():
+            assert_same(packed[compared], model(**given, adapter_names=names).logits[compared])
 
 
 @pytest.mark.usefixtures("kernels")
