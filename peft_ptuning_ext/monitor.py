@@ -20,9 +20,9 @@ from .prompts.layer import PTuningLayer
 if TYPE_CHECKING:  # they take longer to import than all of this package
     from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
-# Learning rates at which prompts without a network learn, in units of the RMS of the numbers that they start at: Adam
-# moves a number by about the rate in a step, whatever the gradient.
-RATES = (0.1, 1)
+# Learning rates at which prompts without a network learn, by whether they are deep, in units of the RMS of the numbers
+# that they start at: Adam moves a number by about the rate in a step, whatever the gradient.
+RATES = {False: (0.1, 1), True: (0.02, 0.2)}
 MIN_SHIFT = 0.01
 MIN_EFFECT = 0.001
 
@@ -131,14 +131,11 @@ class PromptMonitor(TrainerCallback):
         self._losses.append(float(logs["loss"]))
         steps = state.global_step - self._first_step
         if steps >= self.patience and not self._has_warned:
-            for name, found in of_prompts.items():
-                symptom = self._find_symptom(name, found | effect)
-                if symptom is None:
-                    continue
+            for whose, name, symptom in self._find_symptoms(of_prompts, effect):
                 if state.is_world_process_zero:
                     rms = float(self._start[name].square().mean().sqrt())
-                    whose = "the prompt" if is_single else f"the prompt of {name!r}"
-                    warnings.warn(_advise(whose, symptom, steps, args.learning_rate, rms), stacklevel=2)
+                    rates = [share * rms for share in RATES[layer.is_deep(name)]]
+                    warnings.warn(_advise(whose, symptom, steps, args.learning_rate, *rates), stacklevel=2)
                 self._has_warned = True
 
     def _look(self, layer: PTuningLayer, name: str) -> dict[str, float]:
@@ -152,20 +149,37 @@ class PromptMonitor(TrainerCallback):
             self._highest_grad_norms[name] = max(highest, values["prompt_grad_norm"])
         return values
 
-    def _find_symptom(self, name: str, values: dict[str, float]) -> Optional[str]:
-        """What speaks against a prompt learning, or `None`."""
+    def _find_symptoms(
+        self, of_prompts: dict[str, dict[str, float]], effect: dict[str, float]
+    ) -> list[tuple[str, str, str]]:
+        """What speaks against learning: whose it is, the adapter, and the symptom.
+
+        Loss and effect are those of all prompts of a batch, and not held against each of several.
+        """
+        is_single = len(of_prompts) == 1
+        found = []
+        for name, values in of_prompts.items():
+            symptom = self._find_symptom(name, values | effect if is_single else values)
+            if symptom is not None:
+                found.append(("the prompt" if is_single else f"the prompt of {name!r}", name, symptom))
         third = len(self._losses) // 3
         first, last = sum(self._losses[:third]), sum(self._losses[len(self._losses) - third :])
+        if not found and third and last >= first:
+            symptom = f"the loss has not fallen ({first / third:.4g} at first, {last / third:.4g} now)"
+            found.append(("the prompt" if is_single else "this training", self._names[0], symptom))
+        return found
+
+    def _find_symptom(self, name: str, values: dict[str, float]) -> Optional[str]:
+        """What speaks against a prompt learning, or `None`."""
         if not all(torch.isfinite(torch.tensor(list(values.values())))):
             return "it has values that are not finite"
-        if "prompt_grad_norm" in values and self._highest_grad_norms[name] == 0:
+        # Where gradients are kept elsewhere, no prompt has a norm of them.
+        if self._highest_grad_norms and not self._highest_grad_norms.get(name):
             return "no gradient has reached it"
         if values["prompt_shift"] < MIN_SHIFT:
             return f"it has moved by {values['prompt_shift']:.2%} of its norm only"
         if values.get("prompt_effect", 1.0) < MIN_EFFECT:
             return f"it changes the model's outputs by {values['prompt_effect']:.2%} only"
-        if third and last >= first:
-            return f"the loss has not fallen ({first / third:.4g} at first, {last / third:.4g} now)"
         return None
 
     def _first_rows(self, dataloader, device: torch.device) -> Optional[dict[str, torch.Tensor]]:
@@ -178,12 +192,11 @@ class PromptMonitor(TrainerCallback):
         return {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
 
 
-def _advise(whose: str, symptom: str, steps: int, learning_rate: float, rms: float) -> str:
-    low, high = (f"{share * rms:.1g}" for share in RATES)
+def _advise(whose: str, symptom: str, steps: int, learning_rate: float, low: float, high: float) -> str:
     return (
         f"After {steps} steps {whose} does not seem to learn: {symptom}. Prompts need a higher learning rate than "
-        f"weights: without a network {RATES[0]:g} to {RATES[1]:g} times the RMS of the numbers they started at, here "
-        f"{low} to {high} (`learning_rate` is {learning_rate:g}), with warm-up. Then try "
+        f"weights. Without a network it is relative to the numbers they started at, here {low:.1g} to {high:.1g} "
+        f"(`learning_rate` is {learning_rate:g}), with warm-up. Then try "
         'another start (`prompt_tuning_init="SAMPLE_VOCAB"` or `"TEXT"`). '
         "Without any gradient, look at the labels first: all of them may be ignored."
     )

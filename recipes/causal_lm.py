@@ -12,7 +12,7 @@ minutes on two CPU cores:
 Other data, models and methods, from options or a file of them, and more than one process:
 
     python recipes/causal_lm.py --train_file train.jsonl --validation_file test.jsonl --response_column answer
-    python recipes/causal_lm.py --model_name_or_path Qwen/Qwen3-0.6B --method lora --learning_rate 1e-3
+    python recipes/causal_lm.py --model_name_or_path Qwen/Qwen3-0.6B --method lora
     python recipes/causal_lm.py recipes/configs/causal_lm.yaml --seed 1
     accelerate launch --config_file recipes/accelerate/ddp.yaml recipes/causal_lm.py
 """

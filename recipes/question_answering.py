@@ -12,7 +12,7 @@ Other data, models and methods, from options or a file of them, and more than on
 
     python recipes/question_answering.py --train_file train.jsonl --validation_file test.jsonl
     python recipes/question_answering.py --dataset_name rajpurkar/squad --max_length 256
-    python recipes/question_answering.py --method lora --learning_rate 1e-3
+    python recipes/question_answering.py --method lora
     python recipes/question_answering.py recipes/configs/question_answering.yaml --seed 1
     accelerate launch --config_file recipes/accelerate/ddp.yaml recipes/question_answering.py
 

@@ -11,7 +11,7 @@ With no arguments: questions about the future written from facts, by a toy T5 th
 Other data, models and methods, from options or a file of them, and more than one process:
 
     python recipes/seq2seq.py --train_file train.csv --validation_file test.csv --source_column article
-    python recipes/seq2seq.py --model_name_or_path google-t5/t5-small --method lora --learning_rate 1e-3
+    python recipes/seq2seq.py --model_name_or_path google-t5/t5-small --method lora
     python recipes/seq2seq.py recipes/configs/seq2seq.yaml --seed 1
     accelerate launch --config_file recipes/accelerate/ddp.yaml recipes/seq2seq.py
 """

@@ -17,6 +17,7 @@ something else gets an error.
 
 import argparse
 import json
+import re
 import tempfile
 import time
 import uuid
@@ -30,6 +31,7 @@ from fastapi.responses import JSONResponse
 from jinja2 import TemplateError
 from peft import PeftConfig
 from shared.language_model import HUB_NAME, find_language_model, public_name
+from starlette.exceptions import HTTPException as StarletteHTTPException
 from transformers import AutoModelForCausalLM, AutoTokenizer, ContinuousBatchingConfig
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
@@ -54,8 +56,8 @@ FOR_ALL = (*SAMPLING, "seed", "generation_config")
 ONLY = {"n": 1, "best_of": 1, "stop": [], "frequency_penalty": 0, "presence_penalty": 0, "logit_bias": {}}
 ONLY |= {"echo": False, "logprobs": False, "top_logprobs": 0, "response_format": {"type": "text"}}
 ONLY |= {"tool_choice": "auto", "previous_response_id": None, "conversation": None}
-# The kinds of parts of a message that are text.
-TEXTS = ("text", "input_text", "output_text")
+# The kinds of parts of a message that are no text.
+OTHER_PARTS = re.compile("(input_)?(image|audio|video|file)(_url)?")
 LENGTHS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 # What is raised where a field of a request has another type than it should.
 MALFORMED = (AttributeError, LookupError, TypeError, ValueError, TemplateError)
@@ -149,7 +151,7 @@ class OfPrompts:
             raise unknown(name)
         if not body.get(self.text_field):
             raise HTTPException(400, f"`{self.text_field}` is missing or empty.")
-        check_parts(body[self.text_field])
+        check_parts([body[self.text_field], body.get("instructions")])
         for field in FOR_ALL:
             if body.get(field) is not None and body[field] != state.sampling.get(field):
                 raise HTTPException(
@@ -191,17 +193,19 @@ def unknown(name: object) -> HTTPException:
     return HTTPException(404, f"The model {name!r} does not exist. GET /v1/models lists those that do.")
 
 
-def check_parts(messages: str | list) -> None:
-    """Refuses images, sound and files, which transformers' server leaves out in silence.
+def check_parts(value: object) -> None:
+    """Refuses images, sound and files anywhere in messages, which transformers' server leaves out in silence.
 
     Raises:
-        HTTPException: A message has a part that is no text.
+        HTTPException: There is such a part.
     """
-    for message in messages if isinstance(messages, list) else []:
-        content = message.get("content") if isinstance(message, dict) else None
-        for part in content if isinstance(content, list) else []:
-            if part["type"] not in TEXTS:
-                raise HTTPException(400, f"A message has a part of type {part['type']!r}. This model reads text only.")
+    if isinstance(value, dict):
+        kind = value.get("type")
+        if isinstance(kind, str) and OTHER_PARTS.fullmatch(kind):
+            raise HTTPException(400, f"A message has a part of type {kind!r}. This model reads text only.")
+        value = [*value.values()]
+    for part in value if isinstance(value, list) else []:
+        check_parts(part)
 
 
 def make_app(folder: Path, base_name: str, sampling: dict, config: ContinuousBatchingConfig, device: str) -> FastAPI:
@@ -234,12 +238,12 @@ def make_app(folder: Path, base_name: str, sampling: dict, config: ContinuousBat
             raise unknown(name)
         return {"id": name, **about}
 
-    app.add_exception_handler(HTTPException, answer_error)
+    app.add_exception_handler(StarletteHTTPException, answer_error)  # HTTPException is one, and so is a 405
     app.add_exception_handler(RequestValidationError, answer_error)
     return app
 
 
-async def answer_error(request, error: HTTPException | RequestValidationError) -> JSONResponse:
+async def answer_error(request, error: StarletteHTTPException | RequestValidationError) -> JSONResponse:
     """An error in the form that OpenAI's clients read."""
     status = getattr(error, "status_code", 400)
     code = {404: "model_not_found"}.get(status)

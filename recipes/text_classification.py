@@ -12,7 +12,7 @@ so nothing is fetched from the Hub. It takes a minute or two on two CPU cores:
 Other data, models and methods, from options or a file of them, and more than one process:
 
     python recipes/text_classification.py --train_file train.csv --validation_file test.csv --text_column message
-    python recipes/text_classification.py --method lora --learning_rate 1e-3
+    python recipes/text_classification.py --method lora
     python recipes/text_classification.py recipes/configs/text_classification.yaml --seed 1
     accelerate launch --config_file recipes/accelerate/ddp.yaml recipes/text_classification.py
 """

@@ -11,7 +11,7 @@ that comes from PyPI. It takes a minute or two on two CPU cores:
 Other data, models and methods, from options or a file of them, and more than one process:
 
     python recipes/token_classification.py --train_file train.jsonl --validation_file test.jsonl --tags_column tags
-    python recipes/token_classification.py --method lora --learning_rate 1e-3
+    python recipes/token_classification.py --method lora
     python recipes/token_classification.py recipes/configs/token_classification.yaml --seed 1
     accelerate launch --config_file recipes/accelerate/ddp.yaml recipes/token_classification.py
 """

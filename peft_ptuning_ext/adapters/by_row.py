@@ -13,7 +13,7 @@ import torch
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
 
-from ..prompts.adapter import base_of, find_layer
+from ..prompts.adapter import base_of, find_layer, find_stack
 from ..prompts.choice import BASE, CHOOSING, Names, Rows, choosing, chosen_rows, read_rows
 from ..prompts.layer import PTuningLayer
 from ..prompts.stored import Ready
@@ -94,7 +94,10 @@ def choose_adapters(model: nn.Module, adapter_names: Any, may_repeat: bool) -> I
     for module in heads:
         if not hasattr(module, HOOKED):
             setattr(module, HOOKED, module.register_forward_hook(_apply_heads, with_kwargs=True))
-    with choosing((layer, *heads), replace(rows, heads=heads)):
+    different = [module for module, by_names in heads.items() if len(set(by_names.values())) > 1]
+    inside = set(find_stack(model).modules()) if different else set()
+    differ_inside = any(module in inside for module in different)
+    with choosing((layer, *heads), replace(rows, heads=heads, differ_inside=differ_inside)):
         yield
 
 
@@ -183,23 +186,40 @@ def _apply_heads(module: nn.Module, args: tuple, kwargs: dict[str, Any], output:
     rows = chosen_rows(module)
     if rows is None or getattr(module, "disable_adapters", False):
         return None
-    if len(set(rows.names)) == 1:  # also inside the backbone, which computes prompts that are not as many as the rows
-        head = rows.heads[module][rows.names[0]]
-        return None if head is None else head(*args, **kwargs)
-    inputs, *others = args
-    if len(inputs) % len(rows.names):  # the backbone has checked the batch
+    active, by_names = _active_head(module), rows.heads[module]
+    different = {by_names[names] for names in rows.names}
+    if different == {active}:
+        return None
+    inputs = args[0] if args else None
+    others = [value for value in (*args[1:], *kwargs.values()) if value is not None]
+    is_single = isinstance(inputs, torch.Tensor) and all(isinstance(value, (bool, int, float)) for value in others)
+    if not is_single or not isinstance(output, torch.Tensor):
+        own = getattr(module, "original_module", module)
         raise ValueError(
-            f"A {type(module).__name__} of which adapters have one of their own (`modules_to_save`) stands inside the "
-            "backbone, where prompts are computed apart from the rows. Such adapters can't be in one batch with "
-            "others: call the model for each."
+            f"A {type(own).__name__}, of which adapters have one of their own (`modules_to_save`), gets or gives more "
+            "than one tensor, and so can't be chosen by `adapter_names`. Call the model for each of the adapters, the "
+            "active one."
         )
-    heads = [rows.heads[module][names] for names in rows.of_batch(type(module).__name__, len(inputs))]
+    if len(different) == 1:  # also inside the backbone, which computes prompts that are not as many as the rows
+        return different.pop()(*args, **kwargs)
+    # The backbone has checked the batch. Inside it, some modules get the tokens of all rows behind each other.
+    of_batch = replace(rows, may_repeat=True).of_batch(type(module).__name__, len(inputs))
+    heads = [by_names[names] for names in of_batch]
     outputs, order = [], []
     for head in dict.fromkeys(heads):
         own = [row for row, other in enumerate(heads) if other is head]
-        outputs.append(output[own] if head is None else head(inputs[own], *others, **kwargs))
+        outputs.append(output[own] if head is active else head(inputs[own], *args[1:], **kwargs))
         order += own
     return torch.cat(outputs)[torch.tensor(order, device=output.device).argsort()]
+
+
+def _active_head(module: nn.Module) -> Optional[nn.Module]:
+    """The head that a module has called itself; `None` if it is one, and no wrapper."""
+    if not isinstance(module, ModulesToSaveWrapper):
+        return None
+    names = module.active_adapters
+    is_own = not names or any(name not in module.modules_to_save for name in names)
+    return module.original_module if is_own else module.modules_to_save[names[0]]
 
 
 def remove_hooks(model: nn.Module) -> None:

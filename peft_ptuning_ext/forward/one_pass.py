@@ -205,7 +205,7 @@ class Packed:
 
     @property
     def vectors(self) -> torch.Tensor:
-        """Those of the prompts, (G, V, H). A shorter one begins in the first column, and has zeros behind it."""
+        """Those of the prompts, (G, V, H). A shorter one begins in the first column, and repeats its last one."""
         vectors, lengths = self.prompt.vectors, self.prompt.lengths
         if lengths is None:
             return vectors

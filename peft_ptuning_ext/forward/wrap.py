@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..backbone import Backbone
 from ..prompts.adapter import ATTACHMENT, find_stack, layer_of
-from ..prompts.choice import Rows
+from ..prompts.choice import Names, Rows
 from . import deep, deep_decoder, in_attention, in_place, in_row, one_pass, paged, rows
 from .attention import adapt_attention, restore_attention
 from .call import Call
@@ -80,13 +80,13 @@ def run(stack: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
                 f"{stack.config._attn_implementation!r}, which does not see it. Begin with an empty cache."
             )
         return in_attention.run(forward, call, cached_prompt)
+    why = functools.partial(why_in_row, stack, names)
     check_whole_texts(call.stack)
     if not isinstance(names, Rows) and layer.placeholder_of(names) is not None:
         return in_place.run(forward, call, layer, names, layer.dtype or stack.dtype)
     if cached_prompt is not None:
-        return in_row.go_on(forward, call, functools.partial(why_in_row, stack))
+        return in_row.go_on(forward, call, why)
     dtype = call.tokens.dtype if call.is_embedded else layer.dtype or stack.dtype
-    why = functools.partial(why_in_row, stack)
     if isinstance(names, Rows) or len({layer.is_deep(name) for name in names}) > 1:
         return rows.run(stack, forward, call, layer, names, dtype, why)
     if layer.is_deep(names[0]):
@@ -107,10 +107,12 @@ def run(stack: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
     return in_row.begin(stack, forward, call, prompt, call.embeds(layer.embed), why)
 
 
-def why_in_row(stack: nn.Module) -> Optional[str]:
+def why_in_row(stack: nn.Module, names: Names | Rows = ()) -> Optional[str]:
     """Why the prompt stands in each row now; `None` if its keys and values are put in front in attention."""
     attachment = stack.ptuning
     backbone = attachment.backbone
+    if isinstance(names, Rows) and names.differ_inside:
+        return "rows have other modules inside the backbone than others (`modules_to_save`)"
     found = backbone.not_in_attention or backbone.not_recorded or attachment.not_recorded
     return found or in_attention.why_not(stack)
 

@@ -36,11 +36,14 @@ class Rows:
             Whether a batch may have several rows in place of each, next to each other: beams, answers, choices.
         heads (`Mapping`):
             By module that some adapter has one of its own for, and by names, that of a row; `None`: the module itself.
+        differ_inside (`bool`, defaults to `False`):
+            Whether such a module inside the backbone is not the same for all rows.
     """
 
     names: tuple[Names, ...]
     may_repeat: bool = field(default=False, compare=False)
     heads: Mapping[nn.Module, Mapping[Names, Optional[nn.Module]]] = field(default_factory=dict, compare=False)
+    differ_inside: bool = field(default=False, compare=False)
 
     def of_call(self, stack: str, rows: int) -> Names | Rows:
         """The adapters for a batch of B = `rows` rows: those of all of them if they are the same."""

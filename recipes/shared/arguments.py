@@ -128,6 +128,8 @@ def parse_arguments(dataclasses: list, defaults: dict, argv: list[str] | None) -
         argv = [word for name, value in options.items() for word in _as_words(name, value)] + argv
     parsed = parser.parse_args_into_dataclasses(args=argv)
     for part in parsed:
+        if getattr(part, "deepspeed", None) and part.learning_rate is None:
+            raise ValueError("DeepSpeed is told the learning rate before there is a model: pass `--learning_rate`.")
         if isinstance(part, MethodArguments) and part.method == "ptuning" and part.depth is None:
             part.depth = depth
     return parsed

@@ -11,7 +11,7 @@ import pytest
 import torch
 from families import CELLS, DECODERS, FAMILIES, make_model
 from making import make_adapted, make_config
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from plain_kernels import kernels  # noqa: F401
 from reference import POOLED, S, V, main_output, make_batch
 from releases import CACHE, CHECKPOINTING
@@ -504,3 +504,52 @@ def test_trained_rows_of_the_vocabulary_are_those_of_all_rows() -> None:
         with pytest.raises(ValueError, match="the same for a whole batch: those of .'default'. are active"):
             model(**batch, adapter_names=names)
     torch.testing.assert_close(model(**batch).logits, expected, **CLOSE)
+
+
+def with_modules(family: str, module: str) -> PeftModel:
+    """Two adapters, each with a module of its own inside the backbone."""
+    base, names = make_model(family, "CAUSAL_LM"), ("default", "other")
+    model = get_peft_model(base, make_config("CAUSAL_LM", length=8, modules_to_save=[module]))
+    model.add_adapter("other", make_config("CAUSAL_LM", length=8, modules_to_save=[module]))
+    torch.manual_seed(7)
+    for name, parameter in model.named_parameters():
+        if any(f"modules_to_save.{adapter}." in name for adapter in names):
+            parameter.data.add_(0.3 * torch.randn_like(parameter))
+    return model.eval()
+
+
+@pytest.mark.parametrize("grads", [False, True], ids=["without gradients", "with gradients"])
+@pytest.mark.parametrize(
+    ("family", "module"), [("Llama", "norm"), ("Llama", "mlp"), ("Llama", "q_proj"), ("OPT", "fc1"), ("GPT-2", "mlp")]
+)
+def test_modules_inside_the_backbone_are_those_of_each_row(family: str, module: str, grads: bool) -> None:
+    """OPT's get the tokens of all rows behind each other, 8·2 of two prompts among them: a multiple of 4 rows."""
+    model, names = with_modules(family, module), ["default", "other", "other", BASE]
+    batch = make_batch(family, "CAUSAL_LM", (S, S - 2, S, 3))
+    with torch.set_grad_enabled(grads):
+        expected = torch.cat([model(**row_of(batch, i), adapter_names=[name]).logits for i, name in enumerate(names)])
+        found = [model(**batch, adapter_names=names).logits]
+        with use_adapters(model, names):
+            found.append(model(**batch).logits)
+    seen = batch["attention_mask"].bool()
+    for logits in found:
+        torch.testing.assert_close(logits[seen], expected[seen], rtol=0, atol=2e-5)
+    model.base_model.set_adapter("other", inference_mode=True)  # nothing wrong is stored
+    with torch.no_grad():
+        torch.testing.assert_close(model(**row_of(batch, 1)).logits, expected[1:2], rtol=0, atol=2e-5)
+
+
+def test_modules_inside_the_backbone_generate_for_each_row() -> None:
+    model, names = with_modules("OPT", "fc1"), ["default", "other", "other", BASE]
+    batch = make_batch("OPT", "CAUSAL_LM", (S, S - 2, S, 3), pad_left=True)
+    found = generated(model, batch, adapter_names=names)
+    for i, name in enumerate(names):
+        assert torch.equal(found[i], generated(model, row_of(batch, i), adapter_names=[name])[0])
+
+
+def test_modules_with_several_inputs_are_refused() -> None:
+    model, batch = with_modules("Llama", "self_attn"), make_batch("Llama", "CAUSAL_LM", (S, S))
+    for names in (["default", "other"], ["other", "other"]):
+        with pytest.raises(ValueError, match="A LlamaAttention.* more than one tensor.*Call the model for each"):
+            model(**batch, adapter_names=names)
+    assert torch.equal(model(**batch, adapter_names=["default", "default"]).logits, model(**batch).logits)

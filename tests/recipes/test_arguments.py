@@ -3,6 +3,7 @@
 """The arguments of all recipes, from command lines and files: config files arrive, and what is wrong is refused."""
 
 import json
+from dataclasses import dataclass
 
 import accelerate_loop
 import causal_lm
@@ -13,6 +14,7 @@ import seq2seq
 import text_classification
 import token_classification
 import yaml
+from shared.arguments import MethodArguments, parse_arguments
 from tiny_recipes import RECIPES
 
 
@@ -100,3 +102,20 @@ def test_values_of_a_config_file_are_checked(tmp_path, content, capsys):
     with pytest.raises(SystemExit):
         text_classification.main([str(tmp_path / "run.yaml")])
     assert content.split()[-1] in capsys.readouterr().err
+
+
+def test_deepspeed_has_to_be_told_the_learning_rate(tmp_path) -> None:
+    """It reads the rate when the arguments are made, and the rate of a prompt is chosen later."""
+    arguments = [HasLearningRate, MethodArguments]
+    with pytest.raises(ValueError, match="pass `--learning_rate`"):
+        parse_arguments(arguments, {}, ["--deepspeed", "config.json"])
+    told, _ = parse_arguments(arguments, {}, ["--deepspeed", "config.json", "--learning_rate", "0.1"])
+    assert told.learning_rate == 0.1
+
+
+@dataclass
+class HasLearningRate:
+    """Two of the fields of `TrainingArguments`, which would look for DeepSpeed."""
+
+    deepspeed: str | None = None
+    learning_rate: float = 0.5

@@ -161,6 +161,14 @@ def test_errors_are_those_of_the_api(client, bank) -> None:
     parts = [{"role": "user", "content": [{"type": "input_image", "image_url": image["image_url"]["url"]}]}]
     with pytest.raises(openai.BadRequestError, match="A message has a part of type 'input_image'"):
         client.responses.create(model=NAMES[0], input=parts)
+    flat = [{"type": "input_text", "text": "A bird"}, parts[0]["content"][0]]
+    result = {"type": "function_call_output", "call_id": "1", "output": parts[0]["content"]}
+    for given in (flat, flat[1:], [{"role": "user", "content": "A bird"}, result]):
+        with pytest.raises(openai.BadRequestError, match="A message has a part of type 'input_image'"):
+            client.responses.create(model=NAMES[0], input=given)
+    with pytest.raises(openai.APIStatusError, match="Method Not Allowed") as error:
+        client.post("/models", cast_to=dict)
+    assert error.value.body["type"] == "invalid_request_error"
     parts = [{"role": "user", "content": [{"type": "text", "text": message["content"]}]} for message in MESSAGES]
     answers = [
         client.chat.completions.create(model=NAMES[0], messages=messages).choices[0].message.content
