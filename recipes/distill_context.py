@@ -45,7 +45,7 @@ from shared.contexts import (
 )
 from shared.language_model import find_language_model
 from shared.methods import watch_prompt
-from shared.models import find_model, load_tokenizer
+from shared.models import CACHE, find_model, load_tokenizer
 from shared.report import Outcome, finish, make_command
 from shared.teacher import DistillationCollator, Teacher, answer_text, run_student, to_device, write_answers
 from torch import nn
@@ -255,9 +255,9 @@ def time_prefill(model: PeftModel, task: Task, rounds: int = ROUNDS) -> dict[str
         mask = torch.ones(1, columns, dtype=torch.long, device=model.device)
         ids = torch.tensor([ids], device=model.device)
         start = time.perf_counter()
-        found = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        found = model(input_ids=ids, attention_mask=mask, use_cache=True, logits_to_keep=1, **{CACHE: cache})
         found.logits.sum().item()  # waits for a GPU
-        return time.perf_counter() - start, found.past_key_values
+        return time.perf_counter() - start, found[CACHE]
 
     order, seconds = random.Random(0), {name: [] for name in CASES}
     for number in range(rounds + 1):

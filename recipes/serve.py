@@ -222,7 +222,8 @@ def make_app(folder: Path, base_name: str, sampling: dict, config: ContinuousBat
     ids = {base_name: []} | {name: [*range(first, first + number)] for name, (first, number) in table.items()}
     manager = ModelManager(device=device, continuous_batching=True, force_model=str(folder))
     about = {"object": "model", "created": int(time.time()), "owned_by": "peft_ptuning_ext"}
-    manager.get_gen_models = lambda: [{"id": name, **about} for name in ids]
+    models = [{"id": name, **about} for name in ids]
+    manager.get_gen_models = manager.list_models = lambda: models  # before transformers 5.24, and since
     model, _ = manager.load_model_and_processor(manager.process_model_name(str(folder)))
     model.generation_config.update(do_sample=sampling["temperature"] > 0, temperature=sampling["temperature"] or 1.0)
     model.generation_config.update(top_p=sampling["top_p"])

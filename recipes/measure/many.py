@@ -15,6 +15,7 @@ loss, without an optimizer).
 """
 
 import copy
+import inspect
 import json
 import random
 import time
@@ -27,10 +28,14 @@ from benchmark_cases import BenchmarkArguments
 from benchmark_report import describe_machine, quartiles
 from benchmark_runs import LORA_TARGETS, load_base
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, LlamaModel
 
 from peft_ptuning_ext import PTuningConfig
 from peft_ptuning_ext.forward import one_pass
+
+
+# The cache in calls and outputs of decoders: `cache` since transformers 5.24.
+CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
 
 
 @dataclass
@@ -65,7 +70,7 @@ def read(model: PeftModel, ids: torch.Tensor, names: list[str] | None) -> object
     mask = torch.ones_like(ids)
     with torch.no_grad():
         output = model(input_ids=ids, attention_mask=mask, use_cache=True, logits_to_keep=1, adapter_names=names)
-    return output.past_key_values
+    return output[CACHE]
 
 
 def time_reading(model: PeftModel, ids: torch.Tensor, names: list[str] | None, new_tokens: int) -> dict[str, float]:
@@ -77,7 +82,7 @@ def time_reading(model: PeftModel, ids: torch.Tensor, names: list[str] | None, n
     mask = torch.ones(rows, text + new_tokens, dtype=torch.long)
     start = time.perf_counter()
     for i in range(new_tokens):
-        inputs = {"input_ids": ids[:, :1], "attention_mask": mask[:, : text + i + 1], "past_key_values": cache}
+        inputs = {"input_ids": ids[:, :1], "attention_mask": mask[:, : text + i + 1], CACHE: cache}
         inputs["position_ids"] = torch.full((rows, 1), text + i)
         with torch.no_grad():
             model(**inputs, use_cache=True, adapter_names=names)

@@ -4,15 +4,18 @@
 
 import hashlib
 import importlib.util
+import inspect
 from pathlib import Path
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, LlamaModel, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from shared.language_model import public_name
 
 
+# The cache in calls and outputs of decoders: `cache` since transformers 5.24.
+CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 

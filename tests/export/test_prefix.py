@@ -15,11 +15,14 @@ from families import FAMILIES, make_model
 from making import make_adapted, make_config
 from peft import CartridgeConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from reference import V, main_output, make_batch, unmasked
+from releases import CACHE
 from torch import nn
 
 from peft_ptuning_ext import PTuningConfig, export_to_peft, import_from_peft
 
 
+# Stock PEFT 0.21 uses the cache's name from before transformers 5.24.
+pytestmark = pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
 ROUNDS = {"rtol": 1e-5, "atol": 1e-5}  # stock PEFT has the prefix in a cache, this package in attention
 WEIGHTS = "adapter_model.safetensors"
 CELLS = [
@@ -29,6 +32,8 @@ CELLS = [
     ("RoBERTa", "TOKEN_CLS"),
     ("ELECTRA", "SEQ_CLS"),
 ]
+# Encoders take no cache under that name, and stock PEFT then refuses them.
+STOCK_REFUSES = {"BERT", "RoBERTa", "ELECTRA"} if CACHE == "cache" else set()
 # Where distance is counted in columns, stock PEFT counts the padding between the prompt and the text, too.
 LOCAL = frozenset({"Mistral", "Gemma 3"})
 # Of Falcon's single key-value head, stock PEFT has to be told.
@@ -39,6 +44,8 @@ def make_stock(
     family: str, task: str, length: int = V, config_class: type = PrefixTuningConfig, **options
 ) -> PeftModel:
     """A model with random keys and values of stock PEFT; the same at every call."""
+    if family in STOCK_REFUSES:
+        pytest.skip("stock PEFT 0.21 has no prefix for encoders of this release of transformers")
     torch.manual_seed(3)
     config = config_class(task_type=task, num_virtual_tokens=length, **SIZES.get(family, {}), **options)
     return get_peft_model(make_model(family, task), config).eval()
@@ -49,6 +56,8 @@ def make_deep(family: str, task: str, **options) -> PeftModel:
 
 
 def load_stock(family: str, task: str, folder: Path) -> PeftModel:
+    if family in STOCK_REFUSES:
+        pytest.skip("stock PEFT 0.21 has no prefix for encoders of this release of transformers")
     return PeftModel.from_pretrained(make_model(family, task), folder).eval()
 
 

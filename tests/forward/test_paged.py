@@ -14,6 +14,7 @@ import torch
 from families import DECODERS, make_model
 from making import make_adapted, make_config
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from releases import CACHE
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 from transformers.generation.continuous_batching import PagedAttentionCache
 
@@ -90,6 +91,10 @@ def serving(model: PeftModel | PreTrainedModel, **options) -> Iterator:
 @pytest.mark.parametrize("prompt", ["input", "deep"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_all_texts_are_answered_as_each_alone(family, prompt) -> None:
+    if CACHE == "cache" and family in ("OPT", "GPT-NeoX"):
+        pytest.skip(
+            "transformers 5.24 gives them a paged cache that lacks what they ask it for, without a prompt, too"
+        )
     model = make_varied(family, **PROMPTS[prompt])
     assert together(model) == alone(model)
     assert model.prompt_route == ("deep" if prompt == "deep" else "shared")

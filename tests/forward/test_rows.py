@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from collections import Counter
 
 import pytest
 import torch
@@ -553,3 +554,14 @@ def test_modules_with_several_inputs_are_refused() -> None:
         with pytest.raises(ValueError, match="A LlamaAttention.* more than one tensor.*Call the model for each"):
             model(**batch, adapter_names=names)
     assert torch.equal(model(**batch, adapter_names=["default", "default"]).logits, model(**batch).logits)
+
+
+def test_the_active_head_is_computed_once() -> None:
+    model, batch = make_many("BERT", "SEQ_CLS"), make_batch("BERT", "SEQ_CLS", (S, S, S))
+    calls = Counter()
+    for name, head in model.base_model.model.classifier.modules_to_save.items():
+        head.register_forward_hook(lambda *_, name=name: calls.update([name]))
+    model(**batch, adapter_names=["default", "other", "default"])
+    assert calls == {"default": 1, "other": 1}
+    model(**batch, adapter_names=["default"] * 3)
+    assert calls == {"default": 2, "other": 1}
