@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, Optional
 
 import torch
@@ -198,7 +197,7 @@ class Packed:
         """How many positions they have, G·V."""
         return self.number * self.prompt.length
 
-    @cached_property
+    @property
     def prompt_positions(self) -> torch.Tensor:
         """The positions of a prompt, (V,)."""
         return torch.arange(self.prompt.length, device=self.embeds.device)

@@ -94,7 +94,6 @@ class CountGraphs(TrainerCallback):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's compiler itself
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo, between its graphs
 @pytest.mark.parametrize(("family", "backend"), [("BERT", "aot_eager"), ("Llama", "aot_eager"), ("Llama", "inductor")])
 @depths
 def test_compiled_training(depth, family, backend, tmp_path, monkeypatch) -> None:
