@@ -207,6 +207,14 @@ def with_not_a_number(trainer: Trainer) -> None:
     next(p for n, p in trainer.model.named_parameters() if "ptuning_encoders" in n).data.fill_(math.nan)
 
 
+def advice_in(trainer: Trainer) -> list[str]:
+    """What a training says of prompts that do not learn."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.train()
+    return [str(warning.message) for warning in caught if "does not seem to learn" in str(warning.message)]
+
+
 @pytest.mark.parametrize(
     ("change", "arguments", "symptom"),
     [
@@ -221,10 +229,7 @@ def test_a_prompt_that_does_not_learn_is_told_once(change, arguments, symptom, t
     if change:
         change(trainer)
     PromptMonitor.watch(trainer, patience=12)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        trainer.train()
-    messages = [str(warning.message) for warning in caught if "the prompt does not seem" in str(warning.message)]
+    messages = advice_in(trainer)
     assert len(messages) == 1
     with pytest.raises(UserWarning, match=f"After 12 steps .*{symptom}.*SAMPLE_VOCAB"):
         warnings.warn(messages[0], stacklevel=1)
@@ -414,10 +419,7 @@ def test_of_several_prompts_the_one_that_does_not_learn_is_told(names, tmp_path)
         if row["adapter_names"] == "default":
             row["labels"] = torch.full_like(row["labels"], -100)
     PromptMonitor.watch(trainer, patience=4)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        trainer.train()
-    messages = [str(warning.message) for warning in caught if "does not seem" in str(warning.message)]
+    messages = advice_in(trainer)
     assert len(messages) == 1
     assert "the prompt of 'default' does not seem to learn: no gradient has reached it" in messages[0]
 
@@ -437,9 +439,8 @@ def test_a_loss_of_several_prompts_is_told_once(tmp_path) -> None:
     options = {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 12, "learning_rate": 30.0}
     trainer = make_run_by_row(tmp_path, ["default", "second"], max_steps=24, **options)
     PromptMonitor.watch(trainer, patience=12)
-    with pytest.warns(UserWarning, match="this training does not seem to learn: the loss has not fallen") as caught:
-        trainer.train()
-    assert len([w for w in caught if "does not seem" in str(w.message)]) == 1
+    (message,) = advice_in(trainer)
+    assert "this training does not seem to learn: the loss has not fallen" in message
 
 
 def test_advice_is_in_units_of_where_the_prompt_started(tmp_path) -> None:

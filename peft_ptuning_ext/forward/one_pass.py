@@ -100,7 +100,7 @@ def run(stack: PreTrainedModel, forward: Callable, call: Call, prompt: Prompt, e
     in_front = InFront(prompt, text, 0, call.plain_mask, positions + prompt.length, present=prompt.present(rows))
     packed = Packed(stack.config, call, prompt, embeds, in_front, _has_cache(stack, call), _is_constant(stack, embeds))
     in_row = of_texts.expand(*of_texts.shape[:-2], rows, text).flatten(-2).unsqueeze(-2)
-    of_prompts = packed.prompt_positions.repeat(packed.number).expand(*in_row.shape[:-1], -1)
+    of_prompts = packed.positions.repeat(packed.number).expand(*in_row.shape[:-1], -1)
     nothing = embeds.new_zeros(1, 1, 1, 1)  # a model takes a mask of four dimensions as it is
     arguments = {
         "input_ids": None,
@@ -172,6 +172,9 @@ class Packed:
         masks (`dict[bool, tuple]`): Masks of the prompts and of the texts, by whether a layer has a window.
         attended (`int`): How often attention was called.
         first (`nn.Module`, *optional*): The attention of the first layer.
+        positions (`torch.Tensor`): Those of a prompt, (V,).
+        columns (`torch.Tensor`, *optional*):
+            Where each row finds what stands in front of it among the V columns of its prompt, (B, V); `None`: there.
     """
 
     config: Any
@@ -186,6 +189,13 @@ class Packed:
     masks: dict[bool, tuple[Any, Any]] = field(default_factory=dict)
     attended: int = 0
     first: Optional[nn.Module] = None
+    positions: torch.Tensor = field(init=False)
+    columns: Optional[torch.Tensor] = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        self.positions = torch.arange(self.prompt.length, device=self.embeds.device)
+        if (lengths := self.prompt.lengths) is not None:
+            self.columns = (self.positions - self.prompt.length + lengths[:, None]).clamp(min=0)
 
     @property
     def number(self) -> int:
@@ -198,26 +208,18 @@ class Packed:
         return self.number * self.prompt.length
 
     @property
-    def prompt_positions(self) -> torch.Tensor:
-        """The positions of a prompt, (V,)."""
-        return torch.arange(self.prompt.length, device=self.embeds.device)
-
-    @property
     def vectors(self) -> torch.Tensor:
         """Those of the prompts, (G, V, H). A shorter one begins in the first column, and repeats its last one."""
         vectors, lengths = self.prompt.vectors, self.prompt.lengths
         if lengths is None:
             return vectors
-        columns = self.prompt_positions + self.prompt.length - self.prompt.by_prompt(lengths)[:, None]
+        columns = self.positions + self.prompt.length - self.prompt.by_prompt(lengths)[:, None]
         return vectors.take_along_dim(columns.clamp(max=self.prompt.length - 1)[..., None], dim=1)
 
     def in_front_of_rows(self, values: torch.Tensor) -> torch.Tensor:
         """Keys or values of the prompts, (G, heads, V, D), in front of the rows: (B or 1, heads, V, D)."""
-        values, lengths = self.prompt.by_row(values), self.prompt.lengths
-        if lengths is None:
-            return values
-        columns = (self.prompt_positions - self.prompt.length + lengths[:, None]).clamp(min=0)
-        return values.take_along_dim(columns[:, None, :, None], dim=2)
+        values = self.prompt.by_row(values)
+        return values if self.columns is None else values.take_along_dim(self.columns[:, None, :, None], dim=2)
 
     def attend(self, attention, module, query, key, value, mask, kwargs) -> tuple[torch.Tensor, Any]:
         """The attention of one layer: of the prompt to itself, and of each text to the prompt and itself.
@@ -251,7 +253,7 @@ class Packed:
         prompt_mask, text_mask = self._masks(window is not None)
         alone, beside = {name: kwargs[name] for name in kwargs if name not in OF_TEXTS}, dict(kwargs)
         if kwargs.get("position_ids") is not None:
-            alone["position_ids"] = self.prompt_positions.expand(self.number, -1)
+            alone["position_ids"] = self.positions.expand(self.number, -1)
             beside["position_ids"] = self.in_front.positions
         output, _ = attention(module, *of_prompts, prompt_mask, **alone)
         prompt = dataclasses.replace(self.prompt, states={layer: in_front_of_texts})

@@ -15,7 +15,6 @@ loss, without an optimizer).
 """
 
 import copy
-import inspect
 import json
 import random
 import time
@@ -28,14 +27,10 @@ from benchmark_cases import BenchmarkArguments
 from benchmark_report import describe_machine, quartiles
 from benchmark_runs import LORA_TARGETS, load_base
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from transformers import HfArgumentParser, LlamaModel
+from transformers import HfArgumentParser
 
 from peft_ptuning_ext import PTuningConfig
 from peft_ptuning_ext.forward import one_pass
-
-
-# The cache in calls and outputs of decoders: `cache` since transformers 5.24.
-CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
 
 
 @dataclass
@@ -65,12 +60,13 @@ def add_adapters(base: torch.nn.Module, config: Callable[[], PeftConfig], count:
     return model.eval()
 
 
-def read(model: PeftModel, ids: torch.Tensor, names: list[str] | None) -> object:
-    """Reads texts without gradients, and returns the cache."""
+def read(model: PeftModel, ids: torch.Tensor, names: list[str] | None) -> dict[str, object]:
+    """Reads texts without gradients, and returns the cache by its name."""
     mask = torch.ones_like(ids)
     with torch.no_grad():
         output = model(input_ids=ids, attention_mask=mask, use_cache=True, logits_to_keep=1, adapter_names=names)
-    return output[CACHE]
+    name = "cache" if "cache" in output else "past_key_values"  # its name before transformers 5.24
+    return {name: output[name]}
 
 
 def time_reading(model: PeftModel, ids: torch.Tensor, names: list[str] | None, new_tokens: int) -> dict[str, float]:
@@ -82,7 +78,7 @@ def time_reading(model: PeftModel, ids: torch.Tensor, names: list[str] | None, n
     mask = torch.ones(rows, text + new_tokens, dtype=torch.long)
     start = time.perf_counter()
     for i in range(new_tokens):
-        inputs = {"input_ids": ids[:, :1], "attention_mask": mask[:, : text + i + 1], CACHE: cache}
+        inputs = {"input_ids": ids[:, :1], "attention_mask": mask[:, : text + i + 1], **cache}
         inputs["position_ids"] = torch.full((rows, 1), text + i)
         with torch.no_grad():
             model(**inputs, use_cache=True, adapter_names=names)

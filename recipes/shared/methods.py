@@ -25,8 +25,8 @@ warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", F
 
 # Learning rates where `--learning_rate` is not given. Adam moves a number by about the rate in each step, whatever its
 # gradient. So the rates of this package's prompts without a network are in units of the RMS of the numbers that the
-# prompt starts at: one rate suits models whose embeddings differ in scale. The other rates are those that did best on
-# most tasks of docs/measurements.md.
+# prompt starts at: one rate suits models whose embeddings differ in scale. The other rates lie among those that did
+# best on the tasks of docs/measurements.md.
 RATES = {"ptuning": 3e-2, "peft_ptuning": 1e-2, "peft_prefix": 5e-2, "lora": 3e-3, "head": 3e-2}
 RELATIVE_RATES = {"INPUT": 0.5, "DEEP": 0.05}
 
