@@ -17,6 +17,7 @@ Other data, models and methods, from options or a file of them, and more than on
     accelerate launch --config_file recipes/accelerate/ddp.yaml recipes/causal_lm.py
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -69,8 +70,16 @@ class TextArguments:
             "without one, the text and a line break."
         },
     )
+    examples: int = field(
+        default=0,
+        metadata={
+            "help": "So many rows of the training data stand in front of every text, with their answers, and are not "
+            "trained on."
+        },
+    )
     max_length: int = field(
-        default=128, metadata={"help": "Rows with more tokens in text and answer are left out, never cut."}
+        default=128,
+        metadata={"help": "Rows with more tokens in examples, text and answer are left out, never cut."},
     )
     max_new_tokens: int = field(default=48, metadata={"help": "Length of the generated answers, at most."})
     dtype: Literal["float32", "bfloat16", "float16"] = field(
@@ -79,11 +88,19 @@ class TextArguments:
 
 
 def make_ids(
-    tokenizer: PreTrainedTokenizerBase, template: str | None, text: str, response: str = ""
+    tokenizer: PreTrainedTokenizerBase,
+    template: str | None,
+    text: str,
+    response: str = "",
+    examples: Sequence[tuple[str, str]] = (),
 ) -> tuple[list[int], list[int]]:
-    """Returns the tokens that the model reads, and those that it should write, with the end token."""
+    """Returns the tokens that the model reads, and those that it should write, with the end token.
+
+    The model reads examples, pairs of a text and its answer, as earlier turns of the chat, or as lines in front.
+    """
     if template is None and tokenizer.chat_template:
-        chat = [{"role": "user", "content": text}]
+        turns = [part for pair in examples for part in zip(("user", "assistant"), pair, strict=True)]
+        chat = [{"role": role, "content": content} for role, content in [*turns, ("user", text)]]
         given = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
         chat.append({"role": "assistant", "content": response})
         whole = tokenizer.apply_chat_template(chat, tokenize=False)
@@ -92,19 +109,41 @@ def make_ids(
         answer = whole.removeprefix(given)
         given_ids = tokenizer(given, add_special_tokens=False).input_ids
     else:
-        answer = response
-        given_ids = tokenizer((template or "{input}\n").replace("{input}", text)).input_ids
+        answer, template = response, template or "{input}\n"
+        shown = "".join(f"{template.replace('{input}', own)}{given}\n" for own, given in examples)
+        given_ids = tokenizer(shown + template.replace("{input}", text)).input_ids
         if given_ids[-1:] == [tokenizer.eos_token_id]:
             given_ids = given_ids[:-1]
     answer_ids = tokenizer(answer, add_special_tokens=False).input_ids
     return given_ids, answer_ids if tokenizer.eos_token_id in answer_ids else [*answer_ids, tokenizer.eos_token_id]
 
 
-def tokenize(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, args: TextArguments) -> DatasetDict:
+def take_examples(data: DatasetDict, count: int) -> list[tuple[str, str]]:
+    """Takes so many rows out of the training data, evenly spread, since neighbours are often alike.
+
+    Raises:
+        ValueError: The number is negative, or no row would be left to train on.
+    """
+    rows = data["train"]
+    if not 0 <= count < len(rows):
+        raise ValueError(
+            f"`--examples` should be 0 to {len(rows) - 1:,}, so that rows are left to train, got {count}."
+        )
+    taken = [number * len(rows) // count for number in range(count)]
+    data["train"] = rows.select(sorted({*range(len(rows))} - {*taken}))
+    return [(row["input"], row["target"]) for row in rows.select(taken)]
+
+
+def tokenize(
+    data: DatasetDict,
+    tokenizer: PreTrainedTokenizerBase,
+    args: TextArguments,
+    examples: Sequence[tuple[str, str]] = (),
+) -> DatasetDict:
     """Adds "input_ids", which are the text and the answer, and "labels", which are -100 for the text."""
 
     def add_ids(row: dict) -> dict:
-        given, answer = make_ids(tokenizer, args.template, row["input"], row["target"])
+        given, answer = make_ids(tokenizer, args.template, row["input"], row["target"], examples)
         return {"input_ids": given + answer, "labels": [-100] * len(given) + answer}
 
     tokens = data.map(add_ids, desc="Tokenizing")
@@ -184,12 +223,13 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"`--template` should have {{input}} where the text goes, got {text_args.template!r}.")
     data = load_data(data_args, STALLS)
     data = take_text_columns(data, {text_args.prompt_column: "input", text_args.response_column: "target"})
+    examples = take_examples(data, text_args.examples)
     name = find_model(model_args.model_name_or_path or find_language_model())
     checkpoint = find_checkpoint(args)
     set_seed(args.seed)  # decides where the prompt starts
     model, tokenizer = load_model(name, text_args, method)
     choose_learning_rate(args, method, model)
-    tokens = tokenize(data, tokenizer, text_args)
+    tokens = tokenize(data, tokenizer, text_args, examples)
 
     trainer = Trainer(
         model=model,
@@ -205,7 +245,7 @@ def main(argv: list[str] | None = None) -> None:
     watch_prompt(trainer, method)
     measured: Dataset = tokens["test" if "test" in tokens else "validation"]
     references = group_targets(measured)
-    prompts = [make_ids(tokenizer, text_args.template, text)[0] for text in references]
+    prompts = [make_ids(tokenizer, text_args.template, text, examples=examples)[0] for text in references]
     metric = evaluate.load(str(METRICS / "bleu_rouge"), keep_in_memory=True)
 
     def measure() -> tuple[dict, list[str]]:

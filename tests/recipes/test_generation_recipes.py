@@ -290,6 +290,34 @@ def test_loss_is_on_the_answer_only(tmp_path, chat_template, template, text, sid
     assert set(labels[mask == 0].tolist()) == {-100}
 
 
+@pytest.mark.parametrize(
+    ("chat_template", "template", "text"),
+    [
+        (None, None, "<s> day: Monday\na day\nthing: lamp\n"),
+        (None, "Say {input} ->", "<s> Say day: Monday ->a day\nSay thing: lamp ->"),
+        (CHAT, None, " <|user|> day: Monday <|assistant|> a day</s> <|user|> thing: lamp <|assistant|>"),
+    ],
+)
+def test_examples_stand_in_front_of_each_text(tmp_path, chat_template, template, text):
+    tokenizer = AutoTokenizer.from_pretrained(make_tiny(causal_lm, tmp_path))
+    tokenizer.chat_template = chat_template
+    examples = [("day: Monday", "a day")]
+    given, answer = causal_lm.make_ids(tokenizer, template, "thing: lamp", "a lamp", examples)
+    assert tokenizer.decode(given).rstrip(" ") == text
+    assert answer == causal_lm.make_ids(tokenizer, template, "thing: lamp", "a lamp")[1]
+
+
+def test_examples_are_spread_and_not_trained_on():
+    rows = [{"input": f"thing {number}", "target": f"answer {number}"} for number in range(10)]
+    data = DatasetDict(train=Dataset.from_list(rows), validation=Dataset.from_list(rows[:1]))
+    assert causal_lm.take_examples(data, 3) == [(f"thing {n}", f"answer {n}") for n in (0, 3, 6)]
+    assert data["train"]["input"][:] == [f"thing {n}" for n in (1, 2, 4, 5, 7, 8, 9)]
+    assert causal_lm.take_examples(data, 0) == []
+    for count in (7, -1):
+        with pytest.raises(ValueError, match=f"`--examples` should be 0 to 6, .* got {count}"):
+            causal_lm.take_examples(data, count)
+
+
 def test_chat_template_that_rewrites_the_question_is_refused(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(make_tiny(causal_lm, tmp_path))
     tokenizer.chat_template = "{{ messages | length }} {% for m in messages %}{{ m['content'] }}{% endfor %}"
