@@ -28,7 +28,7 @@ ENTRY, FORMAT = "prompt_bank", 1
 PROMPT, MODULE = "prompt", "module"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Record:
     """One prompt as it is stored.
 
