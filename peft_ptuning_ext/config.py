@@ -276,7 +276,7 @@ class PTuningConfig(PeftConfig):
         if self.is_in_decoder and self.shift_positions:
             raise ValueError(
                 f"`shift_positions` has no meaning with prompt_stacks={self.prompt_stacks.value!r}: the decoder of an "
-                "encoder-decoder counts its positions by itself. Leave it out or choose prompt_stacks='ENCODER'."
+                "encoder-decoder counts its positions by itself. Leave it out."
             )
 
     def _check_modules_to_save(self) -> None:

@@ -167,9 +167,10 @@ class PTuningModel(BaseTuner):
     def prompt_route(self) -> str:
         """How the prompt gets to the text: `"shared"`, `"concatenated: "` and the reason, `"deep"`, or `"in place"`.
 
-        A shared prompt is computed once for all rows of a batch. A single row that needs gradients is concatenated all
-        the same, which is faster. Of some models, only the first call finds out that theirs can't be shared. A deep
-        prompt stands in every layer. One with a template stands where the placeholders are in the ids.
+        A shared prompt is computed once for all rows of a batch. A batch that needs gradients is concatenated all the
+        same where that is faster, as with a single row. Of some models, only the first call finds out that theirs
+        can't be shared. A deep prompt stands in every layer. One with a template stands where the placeholders are in
+        the ids.
         """
         layer = self._layer()
         if layer.placeholder_id is not None:

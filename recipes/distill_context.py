@@ -47,6 +47,7 @@ from shared.language_model import find_language_model
 from shared.methods import watch_prompt
 from shared.models import CACHE, find_model, load_tokenizer
 from shared.report import Outcome, finish, make_command
+from shared.resuming import find_checkpoint
 from shared.teacher import DistillationCollator, Teacher, answer_text, run_student, to_device, write_answers
 from torch import nn
 from transformers import (
@@ -346,11 +347,12 @@ def main(argv: list[str] | None = None) -> None:
     dataclasses = [ModelArguments, ContextArguments, TrainingArguments]
     model_args, args, training = parse_arguments(dataclasses, TRAINING_DEFAULTS, argv)
     batch_size, folder = training.per_device_eval_batch_size, Path(training.output_dir)
+    checkpoint = find_checkpoint(training)
     task = prepare(model_args, args, batch_size, folder)
     metrics = measure_without(task, batch_size)
     trainer = train_prompt(task, training)
     metrics["start"], first = measure(trainer.model, task, batch_size, [])
-    trainer.train()
+    trainer.train(resume_from_checkpoint=checkpoint)
     metrics["prompt"], answers = measure(trainer.model, task, batch_size, [])
     report = summarise(task, metrics, time_prefill(trainer.model, task))
 

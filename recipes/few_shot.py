@@ -267,6 +267,8 @@ def main(argv: list[str] | None = None) -> None:
     names = list(METHODS) if few.methods is None else few.methods
     if unknown := [name for name in names if name not in METHODS]:
         raise ValueError(f"`--methods` has {unknown[0]!r}, and there are {', '.join(METHODS)}.")
+    if training.resume_from_checkpoint is not None:
+        raise ValueError("`--resume_from_checkpoint`: few_shot.py trains many short runs, and continues none of them.")
     is_default = data_args.train_file is None and data_args.dataset_name is None
     data = load_data(data_args, SPEECH_ACTS)
     if is_default:

@@ -5,6 +5,7 @@
 import importlib.util
 import itertools
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -223,6 +224,23 @@ def test_a_run_writes_the_prompt_and_the_report(tiny, tmp_path, depth, capsys):
     base = AutoModelForCausalLM.from_pretrained(tiny["model_name_or_path"])
     loaded, _ = distill_context.measure(PeftModel.from_pretrained(base, output), task, 2, [])
     assert loaded["kl"] == pytest.approx(kl["prompt"], rel=1e-4)
+
+
+def test_a_resumed_run_is_the_run_without_the_break(tiny, tmp_path, monkeypatch):
+    whole, broken, steps = tmp_path / "whole", tmp_path / "broken", []
+    plain = distill_context.DistillationTrainer.training_step
+    monkeypatch.setattr(
+        distill_context.DistillationTrainer,
+        "training_step",
+        lambda self, *args: steps.append(self.args.output_dir) or plain(self, *args),
+    )
+    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    run(distill_context, {**tiny, **RUN, **saving, "output_dir": whole})
+    shutil.copytree(whole / "checkpoint-2", broken / "checkpoint-2")
+    run(distill_context, {**tiny, **RUN, **saving, "output_dir": broken, "resume_from_checkpoint": "last"})
+    assert (steps.count(str(whole)), steps.count(str(broken))) == (4, 2)
+    first, second = (load_file(folder / "adapter_model.safetensors") for folder in (whole, broken))
+    assert all(torch.equal(second[name], value) for name, value in first.items())
 
 
 def test_a_kept_context_is_read_behind_in_each_round(tiny, tmp_path):

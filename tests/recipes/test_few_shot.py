@@ -78,6 +78,7 @@ def test_draws() -> None:
     ("change", "message"),
     [
         ({"methods": "magic"}, "`--methods` has 'magic', and there are template_cloze"),
+        ({"resume_from_checkpoint": "last"}, "trains many short runs, and continues none of them"),
         ({"label_words": '{"good": ["a"]}'}, r"`--label_words` has \['good'\], and the labels are \['bad', 'good'\]"),
     ],
 )
