@@ -11,10 +11,10 @@ r"""Trains every method on the same tasks, steps and batches, and writes a table
 DATA holds a folder for each task with JSON lines in the columns that its recipe takes by default: sst2/train.jsonl,
 sst2/test.jsonl and so on. Without `--data_folder`, the methods are compared on the data of text_classification.py.
 
-For each method, the learning rate is chosen from one grid, on rows of the training file that are held out for it. Each
-seed then trains on all training rows at that rate, and is measured once on the test file. With `--ablation`, plain
-vectors (or a plain deep prompt) are compared with one change of their recipe at a time. Rate and scores then are those
-of the held-out rows, so that the test file decides nothing.
+For each method, the learning rate is chosen from one grid, on rows of the training file that are held out for it, or it
+is the only one that is given. Each seed then trains on all training rows at that rate, and is measured once on the test
+file. With `--ablation`, plain vectors (or a plain deep prompt) are compared with one change of their recipe at a time.
+Rate and scores then are those of the held-out rows, so that the test file decides nothing.
 
 Every run is a recipe in a process of its own, with one thread, and as many run at the same time as there are cores.
 Finished runs are not repeated: the command can be stopped and started again.
@@ -53,6 +53,7 @@ class Task:
     learning_rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2, 1e-1)
     best: float = 1  # the highest value of the metric
     folder: str | None = None  # of the data, where it is not named as the task
+    neighbours: int = 20  # test rows that stay together if not all are taken: often rows of one input or article
 
     def score(self, metrics: dict, when: str = "after") -> float:
         """The metric "before" or "after" training, from 0 to 1."""
@@ -151,6 +152,7 @@ TASKS = {
         learning_rates=(3e-3, 5e-2),
         best=100,
         folder="banking77",
+        neighbours=1,  # they are in the order of their classes
     ),
 }
 # Those that need a language model and take hours: they are measured if they are named.
@@ -187,7 +189,7 @@ def make_splits(source: Path, folder: Path, task: Task, args: argparse.Namespace
     held_out_rows = min(args.held_out_rows, len(train) // 4)
     folder.mkdir(parents=True, exist_ok=True)
     _write_lines(folder / "train.jsonl", train)
-    _write_lines(folder / "test.jsonl", test if test_rows is None else _spread(test, test_rows))
+    _write_lines(folder / "test.jsonl", test if test_rows is None else _spread(test, test_rows, task.neighbours))
     _write_lines(folder / "search_train.jsonl", order[held_out_rows:])
     _write_lines(folder / "search_test.jsonl", order[:held_out_rows])
     noted.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
@@ -203,11 +205,11 @@ def _write_lines(path: Path, lines: list[str]) -> None:
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
-def _spread(lines: list[str], count: int) -> list[str]:
-    """Returns about `count` lines, in evenly spread groups: neighbours are often rows of one input or article."""
+def _spread(lines: list[str], count: int, size: int) -> list[str]:
+    """Returns about `count` lines, in evenly spread groups of `size`."""
     if len(lines) <= count:
         return lines
-    size = min(20, count)
+    size = min(size, count)
     groups = count // size
     starts = [int(i * (len(lines) - size) / max(1, groups - 1)) for i in range(groups)]
     return [line for start in starts for line in lines[start : start + size]]
@@ -288,15 +290,17 @@ def search(
 ) -> dict[tuple[str, str], dict[float, list[float]]]:
     """Returns the scores on the held-out rows by task and method: a list, one score per seed, for each rate.
 
-    Rates at which a recipe fails are left out.
+    Rates at which a recipe fails are left out. A single rate is not tried, since there is nothing to choose.
     """
+    rates = {task: args.learning_rates or tasks[task].learning_rates for task, _ in pairs}
     runs = [
         Run(task, method, rate, seed, True)
         for task, method in pairs
-        for rate in args.learning_rates or tasks[task].learning_rates
+        if len(rates[task]) > 1
+        for rate in rates[task]
         for seed in range(args.search_seeds or tasks[task].search_seeds)
     ]
-    scores = {pair: {} for pair in pairs}
+    scores = {(task, name): {} if len(rates[task]) > 1 else {rates[task][0]: []} for task, name in pairs}
     for run, metrics in train_all(runs, tasks, args).items():
         if metrics is not None:
             scores[run.task, run.method].setdefault(run.learning_rate, []).append(tasks[run.task].score(metrics))
@@ -325,7 +329,7 @@ def ablate(tasks: dict[str, Task], args: argparse.Namespace) -> list[dict]:
 
 
 def _best(scores: dict[float, list[float]]) -> float | None:
-    return max(scores, key=lambda rate: mean(scores[rate])) if scores else None
+    return next(iter(scores)) if len(scores) == 1 else max(scores, key=lambda rate: mean(scores[rate]), default=None)
 
 
 def _measure(

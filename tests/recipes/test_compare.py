@@ -271,7 +271,7 @@ def test_recipes_are_run_in_processes_of_their_own(data, tmp_path, monkeypatch):
     compare.main([*words, "--learning_rates", "0.1", "--output_dir", str(tmp_path)])
     (row,) = json.loads((tmp_path / "compare.json").read_text())
     assert len(row["scores"]) == 1
-    assert seen == ["1", "1"]
+    assert seen == ["1"]  # of a single rate, none is to be chosen
 
 
 def test_missing_data_is_named(tmp_path):
@@ -282,12 +282,13 @@ def test_missing_data_is_named(tmp_path):
 
 def test_groups_of_rows_stay_together():
     lines = [str(i) for i in range(1000)]
-    found = [int(line) for line in compare._spread(lines, 100)]
+    found = [int(line) for line in compare._spread(lines, 100, 20)]
     assert len(found) == len(set(found)) == 100
     assert sum(after - before == 1 for before, after in pairwise(found)) >= 95
-    assert compare._spread(lines, 2000) == lines
-    assert [len(compare._spread(lines, count)) for count in (5, 20, 30)] == [5, 20, 20]
-    assert compare._spread(lines, 2000) == lines
+    assert compare._spread(lines, 2000, 20) == lines
+    assert [len(compare._spread(lines, count, 20)) for count in (5, 20, 30)] == [5, 20, 20]
+    single = [int(line) for line in compare._spread(lines, 100, 1)]
+    assert len(single) == 100 and {b - a for a, b in zip(single, single[1:])} <= {10, 11}
 
 
 def test_every_task_measures_what_its_recipe_writes():
@@ -295,7 +296,7 @@ def test_every_task_measures_what_its_recipe_writes():
         "text_classification": {"accuracy": 0.5},
         "token_classification": {"f1": 0.5},
         "question_answering": {"f1": 0.5},
-        "causal_lm": {"rouge_l": 50.0},
+        "causal_lm": {"rouge_l": 50.0, "exact_match": 50.0},
     }
     for task in compare.TASKS.values():
         assert task.score({"after": metrics[task.recipe]}) == 0.5
@@ -304,9 +305,10 @@ def test_every_task_measures_what_its_recipe_writes():
         "entity_f1": evaluate_on(folder / "entity_f1", [["B-x"]], [["B-x"]])["f1"],
         "squad_f1": evaluate_on(folder / "squad_f1", ["x"], [["x"]])["f1"],
         "bleu_rouge": evaluate_on(folder / "bleu_rouge", ["x"], [["x"]])["rouge_l"],
+        "exact_match": evaluate_on(folder / "bleu_rouge", ["x"], [["x"]])["exact_match"],
         "accuracy_f1": evaluate_on(folder / "accuracy_f1", [0], [0])["accuracy"],
     }
-    assert written == {"entity_f1": 1, "squad_f1": 1, "bleu_rouge": 100, "accuracy_f1": 1}
+    assert written == {"entity_f1": 1, "squad_f1": 1, "bleu_rouge": 100, "exact_match": 100, "accuracy_f1": 1}
 
 
 def evaluate_on(folder, predictions, references):
