@@ -78,7 +78,7 @@ class PromptMonitor(TrainerCallback):
         self._start = {name: _flat(_prompt(layer, name)) for name in self._names}  # all numbers in one row
         self._first_step = state.global_step
         self._grad_norms: dict[str, torch.Tensor] = {}  # of the last step, read when it is logged
-        self._highest_grad_norms: dict[str, float] = {}
+        self._highest_grad_norms: dict[str, torch.Tensor] = {}  # of all steps, since a batch may lack a prompt
         self._losses: list[float] = []
         advice = None if trained else _advise_to_unfreeze(self._names[0])
         if args.distributed_state.distributed_type == DistributedType.NO:  # DeepSpeed trains copies
@@ -98,7 +98,9 @@ class PromptMonitor(TrainerCallback):
             trained = _trained_parameters(layer, name)
             norms = [_whole(p.grad).norm() for p in trained if p.grad is not None]
             if norms or not trained:
-                self._grad_norms[name] = torch.stack(norms).norm() if norms else torch.zeros(())
+                norm = torch.stack(norms).norm() if norms else torch.zeros(())
+                self._grad_norms[name] = norm
+                self._highest_grad_norms[name] = torch.maximum(self._highest_grad_norms.get(name, norm), norm)
 
     def on_log(
         self,
@@ -145,8 +147,6 @@ class PromptMonitor(TrainerCallback):
         values["prompt_shift"] = float((_flat(parts) - start).norm() / start.norm())
         if name in self._grad_norms:
             values["prompt_grad_norm"] = float(self._grad_norms[name])
-            highest = self._highest_grad_norms.get(name, 0.0)
-            self._highest_grad_norms[name] = max(highest, values["prompt_grad_norm"])
         return values
 
     def _find_symptoms(

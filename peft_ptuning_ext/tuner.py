@@ -29,7 +29,7 @@ from .adapters.vocabulary import allow_adapters_without_rows, token_rows, train_
 from .adapters.weighted import check_combination, combine
 from .backbone import find_backbone
 from .config import PromptInit, PTuningConfig
-from .files.checkpoint import ENCODER_KEY, TOKENS_KEY, check_state
+from .files.checkpoint import ENCODER_KEY, TOKENS_KEY, check_beside, check_state
 from .forward.deep import record_prompt
 from .forward.wrap import why_in_row
 from .prompts.adapter import find_adapter, find_layer, find_stack
@@ -426,6 +426,7 @@ class PTuningModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         encoder = find_layer(model).ptuning_encoders[adapter_name]
         check_state(state_dict, encoder.state_dict())
+        check_beside(model, state_dict)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
     def _layer(self) -> PTuningLayer:

@@ -424,6 +424,17 @@ def test_of_several_prompts_the_one_that_does_not_learn_is_told(names, tmp_path)
     assert "the prompt of 'default' does not seem to learn: no gradient has reached it" in messages[0]
 
 
+def test_a_prompt_that_the_logged_batch_lacks_is_left_in_peace(tmp_path) -> None:
+    """The steps take turns, and the second prompt never has rows in one that is logged."""
+    options = {"max_steps": 12, "learning_rate": 3e-2, "per_device_train_batch_size": 2, "logging_steps": 2}
+    trainer = make_run_by_row(tmp_path, ["second", "second", "default", "default"], **options)
+    trainer.args.train_sampling_strategy = "sequential"
+    PromptMonitor.watch(trainer, patience=4)
+    assert not any("no gradient has reached it" in message for message in advice_in(trainer))
+    assert "prompt_grad_norm_second" not in logged(trainer)[-1]
+    assert logged(trainer)[-1]["prompt_shift_second"] > 0.01
+
+
 def test_rows_without_a_prompt_are_not_held_against_those_that_learn(tmp_path) -> None:
     trainer = make_run_by_row(
         tmp_path, ["__base__", "__base__", "default", "second"], max_steps=12, learning_rate=3e-2

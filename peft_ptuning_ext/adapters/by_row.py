@@ -13,6 +13,7 @@ import torch
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
 
+from ..forward.checkpointing import is_checkpointed
 from ..prompts.adapter import base_of, find_layer, find_stack
 from ..prompts.choice import BASE, CHOOSING, Names, Rows, choosing, chosen_rows, read_rows
 from ..prompts.layer import PTuningLayer
@@ -68,7 +69,7 @@ def use_adapters(model: nn.Module, adapter_names: str | Sequence[str | tuple[str
 def choose_for_call(model: nn.Module, adapter_names: Any, args: tuple, kwargs: dict[str, Any]) -> Iterator[None]:
     """As [`choose_adapters`], for one call of the model or of its `generate` with these arguments."""
     _check_number(adapter_names, args, kwargs)
-    with choose_adapters(model, adapter_names, _may_repeat(args, kwargs)):
+    with choose_adapters(model, adapter_names, _may_repeat(model, args, kwargs)):
         yield
 
 
@@ -86,6 +87,8 @@ def choose_adapters(model: nn.Module, adapter_names: Any, may_repeat: bool) -> I
         raise ValueError(f"This {type(model).__name__} has no P-tuning adapter of this package, and no prompt bank.")
     rows = read_rows(adapter_names, layer.known, may_repeat)
     _check_enabled(layer, rows)
+    for names in {names for names in rows.names if len(names) > 1}:
+        layer.check_together(names)
     wrappers = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
     heads = _find_heads(model, layer, wrappers, set(rows.names))
     for wrapper in wrappers:
@@ -94,9 +97,10 @@ def choose_adapters(model: nn.Module, adapter_names: Any, may_repeat: bool) -> I
     for module in heads:
         if not hasattr(module, HOOKED):
             setattr(module, HOOKED, module.register_forward_hook(_apply_heads, with_kwargs=True))
-    different = [module for module, by_names in heads.items() if len(set(by_names.values())) > 1]
-    inside = set(find_stack(model).modules()) if different else set()
-    differ_inside = any(module in inside for module in different)
+    stack = find_stack(model)
+    inside = set(stack.modules()) & heads.keys() if heads else set()
+    _check_rerun(stack, {module: heads[module] for module in inside})
+    differ_inside = any(len(set(heads[module].values())) > 1 for module in inside)
     with choosing((layer, *heads), replace(rows, heads=heads, differ_inside=differ_inside)):
         yield
 
@@ -124,14 +128,29 @@ def _check_enabled(layer: PTuningLayer, rows: Rows) -> None:
         )
 
 
-def _may_repeat(args: tuple, kwargs: dict[str, Any]) -> bool:
-    """Whether a call with these arguments may turn a row into several: `generate`, and the choices of a question."""
+def _may_repeat(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether a call with these arguments may turn a row into several.
+
+    `generate` does, the choices of a question do, and a model that says so (`ClozeClassifier`).
+    """
     ids = kwargs.get("input_ids", args[0] if args else None)
     has_choices = isinstance(ids, torch.Tensor) and ids.dim() == 3 and not ids.is_floating_point()
-    return has_choices or not OF_GENERATE.isdisjoint(kwargs)
+    return has_choices or getattr(model, "repeats_rows", False) or not OF_GENERATE.isdisjoint(kwargs)
 
 
 Heads = dict[nn.Module, dict[Names, Optional[nn.Module]]]
+
+
+def _check_rerun(stack: nn.Module, inside: Heads) -> None:
+    """Refuses modules inside the backbone that would be others when layers run again in the backward pass."""
+    if not torch.is_grad_enabled() or not is_checkpointed(stack):
+        return
+    if any(set(by_names.values()) != {_active_head(module)} for module, by_names in inside.items()):
+        raise ValueError(
+            "`adapter_names` chooses among modules inside the backbone (`modules_to_save`), and gradient "
+            "checkpointing runs its layers again in the backward pass, when the choice is over. Switch gradient "
+            "checkpointing off, or call the model for each of the adapters, the active one."
+        )
 
 
 def _find_heads(

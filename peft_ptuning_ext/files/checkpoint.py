@@ -279,6 +279,36 @@ def check_state(state: Mapping[str, torch.Tensor], expected: Mapping[str, torch.
     check_values(found, "The adapter's state")
 
 
+def check_beside(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Checks what is beside the encoder in an adapter's state dict, which is about to be loaded into a model.
+
+    Raises:
+        ValueError: A tensor has another shape than the model's, or has NaN or infinite values.
+    """
+    for key, value in state.items():
+        own = None if ENCODER_KEY in key else _tensor_of(model, key)
+        if own is None:
+            continue  # PEFT has its own word for what the model lacks
+        if own.shape != value.shape:
+            raise ValueError(
+                f"The adapter's state: {key!r} has shape {tuple(value.shape)}, and the model's {tuple(own.shape)}. "
+                "The adapter was made for another model, or with another number of labels."
+            )
+        if value.is_floating_point():
+            check_values({key: value}, "The adapter's state")
+
+
+def _tensor_of(model: nn.Module, key: str) -> Optional[torch.Tensor]:
+    """The tensor of a model, or of the model below its adapters, by a key of a `PeftModel`; `None` if it has none."""
+    for name in (key, key.removeprefix("base_model.model.")):
+        path, _, last = name.rpartition(".")
+        try:
+            return getattr(model.get_submodule(path), last)
+        except AttributeError:
+            continue
+    return None
+
+
 def check_values(tensors: Mapping[str, torch.Tensor], where: str) -> None:
     """Raises `ValueError` if a tensor has NaN or infinite values, or none that can be trained."""
     for name, tensor in tensors.items():

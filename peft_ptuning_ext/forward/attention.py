@@ -51,6 +51,7 @@ class InFront:
         present (`torch.Tensor`, *optional*): Which of the prompt's columns each row has, (B, V); `None`: all.
         masks (`dict`): Masks with the prompt's columns, and what else layers share.
         attended (`int`): How many layers were called so far that do not say which they are.
+        given (`dict`, *optional*): By layer, the text's keys and values that attention was given; `None`: not noted.
     """
 
     prompt: Prompt
@@ -62,6 +63,7 @@ class InFront:
     present: Optional[torch.Tensor] = None
     masks: dict = field(default_factory=dict)
     attended: int = 0
+    given: Optional[States] = None
 
     def attend(self, attention, module, query, key, value, mask, kwargs) -> tuple[torch.Tensor, Any]:
         """The attention of one layer to [prompt; text].
@@ -78,6 +80,8 @@ class InFront:
         layer, length = layer_of(module), self.prompt.length
         if layer is None:
             layer, self.attended = self.attended, self.attended + 1
+        if self.given is not None:
+            self.given[layer] = key, value
         window, is_causal = kwargs.get("sliding_window"), kwargs.get("is_causal")
         if window is not None and not isinstance(self.past, torch.Tensor):
             # A window longer than the whole sequence hides nothing.

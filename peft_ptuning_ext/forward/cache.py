@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Collection
 from typing import Any
 
 import torch
-from transformers import Cache
+from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
-from ..prompts.prompt import Prompt, by_row
+from ..prompts.prompt import Prompt, States, by_row
 
 
 # Up to so many rows times V, on a CPU, a step takes no longer with the prompt in each row of the cache. Above, reading
@@ -76,18 +77,58 @@ class LayerWithPrompt(DynamicLayer):
         self.__class__, self.keys, self.values, self.is_initialized = DynamicLayer, None, None, False
 
 
-def take_in(cache: Cache) -> None:
+class PassingCache(DynamicCache):
+    """An empty cache that holds nothing: attention gets back what it gives, which is noted.
+
+    Attributes:
+        states (`dict[int, tuple]`): By layer, what its attention gave to be held, two tensors (B, heads, N, D).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.states: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self.states[layer_idx] = key_states, value_states
+        return key_states, value_states
+
+
+def is_taken_in() -> bool:
+    """Whether a cache that is filled now takes the prompt in."""
+    return not (torch.compiler.is_compiling() or torch.is_grad_enabled())
+
+
+def layers_attended(cache: Cache, attended: States) -> set[int]:
+    """The layers of a cache that hold the keys and values which their attention was given.
+
+    Some hold what keys and values are made from (DeepSeek), or fewer heads (JetMoe).
+    """
+    held = enumerate(getattr(cache, "layers", ()))
+    return {index for index, layer in held if _is_pair(attended.get(index), layer.keys, layer.values)}
+
+
+def _is_pair(pair: Any, key: Any, value: Any) -> bool:
+    return pair is not None and pair[0] is key and pair[1] is value
+
+
+def take_in(cache: Cache, attended: Collection[int]) -> None:
     """Puts the keys and values of the prompt behind which `cache` was filled into the layers that grow.
 
     Layers that drop columns, that have a fixed number, or that are moved or quantized between calls, stay without.
+
+    Args:
+        cache (`Cache`): The cache.
+        attended (`Collection[int]`): The layers that hold the keys and values which attention was given.
     """
     prompt: Prompt = cache.ptuning_prompt
-    if prompt.in_cache or torch.compiler.is_compiling() or torch.is_grad_enabled():
+    if prompt.in_cache or not is_taken_in():
         return
     layers = [] if getattr(cache, "offloading", False) else getattr(cache, "layers", [])
     taken = []
     for index, layer in enumerate(layers):
-        states = prompt.states.get(index)
+        states = prompt.states.get(index) if index in attended else None
         if states is None or type(layer) is not DynamicLayer or not layer.is_initialized:
             continue
         is_shared = len(states[0]) == 1

@@ -24,7 +24,7 @@ from ..prompts.adapter import layer_of
 from ..prompts.layer import PTuningLayer
 from ..prompts.prompt import Prompt, States
 from .attention import KEYWORD, InFront, Recording
-from .cache import note_prompt_beside, take_in
+from .cache import is_taken_in, layers_attended, note_prompt_beside, take_in
 from .call import Call, count_positions
 from .other_methods import is_of_another_method, settings_of
 from .seen import NotRecorded
@@ -58,6 +58,8 @@ def run(forward: Callable, call: Call, prompt: Prompt) -> Any:
     positions = text_positions(call, mask, prompt)
     from_prompt = None if positions is None else positions + prompt.length
     in_front = InFront(prompt, call.tokens.shape[1], past, mask, from_prompt, is_causal, prompt.present(rows))
+    if call.cached_prompt is None and is_taken_in():
+        in_front.given = {}
     if call.cache is not None:
         note_prompt_beside(call.cache, prompt)
     arguments = {**call.given, KEYWORD: in_front}
@@ -68,7 +70,7 @@ def run(forward: Callable, call: Call, prompt: Prompt) -> Any:
         values = output if isinstance(output, tuple) else output.values()
         for cache in {id(value): value for value in (call.cache, *values) if isinstance(value, Cache)}.values():
             note_prompt_beside(cache, prompt)
-            take_in(cache)
+            take_in(cache, layers_attended(cache, in_front.given or {}))
     return output
 
 

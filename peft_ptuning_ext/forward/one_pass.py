@@ -26,7 +26,7 @@ from ..backbone import PACKING_INPUTS, PER_TOKEN_FILLS
 from ..prompts.layer import PTuningLayer
 from ..prompts.prompt import Prompt
 from .attention import KEYWORD, InFront, layer_of
-from .cache import is_static, note_prompt_beside, take_in
+from .cache import PassingCache, is_static, note_prompt_beside, take_in
 from .call import Call
 from .checkpointing import is_checkpointed
 from .in_attention import NotRecorded, check_recording, is_sharded, text_positions
@@ -54,8 +54,12 @@ def is_due(stack: PreTrainedModel, call: Call) -> bool:
         return False  # of another kind than transformers', for which the model has its own answer
     if isinstance(call.past, torch.Tensor):
         return False  # compiled: whether the cache is empty can't be told
-    has_token_types = call.given.get("token_type_ids") is not None
-    return torch.is_grad_enabled() or stack.training or has_token_types or is_sharded(stack)
+    return torch.is_grad_enabled() or stack.training or not has_pass_of_its_own(stack, call)
+
+
+def has_pass_of_its_own(stack: PreTrainedModel, call: Call) -> bool:
+    """Whether the keys and values of a prompt can be computed apart from the texts of a call."""
+    return call.given.get("token_type_ids") is None and not is_sharded(stack)
 
 
 def costs_more(call: Call, prompt: Prompt) -> bool:
@@ -98,7 +102,8 @@ def run(stack: PreTrainedModel, forward: Callable, call: Call, prompt: Prompt, e
     positions = text_positions(call, call.plain_mask, prompt)
     of_texts = positions + prompt.shift(rows)
     in_front = InFront(prompt, text, 0, call.plain_mask, positions + prompt.length, present=prompt.present(rows))
-    packed = Packed(stack.config, call, prompt, embeds, in_front, _has_cache(stack, call), _is_constant(stack, embeds))
+    passing = PassingCache() if _has_cache(stack, call) else None
+    packed = Packed(stack.config, call, prompt, embeds, in_front, passing, _is_constant(stack, embeds))
     in_row = of_texts.expand(*of_texts.shape[:-2], rows, text).flatten(-2).unsqueeze(-2)
     of_prompts = packed.positions.repeat(packed.number).expand(*in_row.shape[:-1], -1)
     nothing = embeds.new_zeros(1, 1, 1, 1)  # a model takes a mask of four dimensions as it is
@@ -107,8 +112,8 @@ def run(stack: PreTrainedModel, forward: Callable, call: Call, prompt: Prompt, e
         "inputs_embeds": torch.cat([packed.vectors.flatten(0, 1), embeds.flatten(0, 1)])[None],
         "attention_mask": dict.fromkeys(call.mask, nothing) if isinstance(call.mask, dict) else nothing,
         "position_ids": torch.cat([of_prompts, in_row], dim=-1),
-        call.backbone.cache_name: None,
-        "use_cache": False,
+        call.backbone.cache_name: passing,
+        "use_cache": passing is not None and _is_asked(stack.config, call),
         "return_dict": True,
         KEYWORD: packed,
     }
@@ -121,8 +126,8 @@ def run(stack: PreTrainedModel, forward: Callable, call: Call, prompt: Prompt, e
     check_recording(packed, stack.config)
     for name, value in output.items():
         output[name] = packed.unpack(value)
-    if packed.has_cache:
-        cache = packed.fill_cache()
+    if passing is not None:
+        cache = packed.fill_cache(passing)
         if _is_asked(stack.config, call):
             output[call.backbone.cache_name] = cache
     is_dict = call.given.get("return_dict")
@@ -165,9 +170,10 @@ class Packed:
         prompt ([`Prompt`]): With its vectors, (G, V, H).
         embeds (`torch.Tensor`): The embeddings of the texts, (B, S, H).
         in_front ([`InFront`]): The prompt in front of the texts; its states are those of one layer.
-        has_cache (`bool`): Whether a cache is filled with the texts.
+        passing ([`PassingCache`], *optional*): What notes the tokens for a cache; `None`: there is no cache to fill.
         is_constant (`bool`): Whether the first layer needs no gradient of the texts' queries, keys and values.
-        states (`dict`): By layer, keys and values in front of the texts and theirs, if a cache is filled with them.
+        states (`dict`): By layer, keys and values in front of the texts, if a cache is filled.
+        held (`set[int]`): The layers whose cache holds the keys and values that attention is given.
         windows (`dict[int, int]`): By layer, how far back it looks.
         masks (`dict[bool, tuple]`): Masks of the prompts and of the texts, by whether a layer has a window.
         attended (`int`): How often attention was called.
@@ -182,9 +188,10 @@ class Packed:
     prompt: Prompt
     embeds: torch.Tensor
     in_front: InFront
-    has_cache: bool
+    passing: Optional[PassingCache]
     is_constant: bool
-    states: dict[int, Optional[tuple[Pair, Pair]]] = field(default_factory=dict)
+    states: dict[int, Optional[Pair]] = field(default_factory=dict)
+    held: set[int] = field(default_factory=set)
     windows: dict[int, Optional[int]] = field(default_factory=dict)
     masks: dict[bool, tuple[Any, Any]] = field(default_factory=dict)
     attended: int = 0
@@ -233,13 +240,9 @@ class Packed:
             mask (`Any`): What the model has made of a mask that says nothing.
             kwargs (`dict`): The further arguments of the attention function.
         """
-        rows, text = self.embeds.shape[:2]
-        sizes = [self.length, rows * text]
-        if not query.shape[2] == key.shape[2] == sum(sizes):
+        if not query.shape[2] == key.shape[2] == self.length + self.embeds.shape[:2].numel():
             raise NotRecorded("its attention does not get one query and one key for each position")
-        of_prompts, of_texts = zip(*(tensor[0].split(sizes, dim=1) for tensor in (query, key, value)))
-        of_prompts = [tensor.unflatten(1, self.prompt.vectors.shape[:2]).transpose(0, 1) for tensor in of_prompts]
-        of_texts = [tensor.unflatten(1, (rows, text)).transpose(0, 1) for tensor in of_texts]
+        of_prompts, of_texts = zip(*map(self._apart, (query, key, value)))
         in_front_of_texts = tuple(self.in_front_of_rows(tensor) for tensor in of_prompts[1:])
         self.first = module if self.first is None else self.first
         if self.is_constant and module is self.first:
@@ -247,7 +250,11 @@ class Packed:
         layer = layer_of(module)
         layer, window = self.attended if layer is None else layer, kwargs.get("sliding_window")
         # Without a cache nothing is held: under gradient checkpointing this object lives on until the backward pass.
-        self.states[layer] = (in_front_of_texts, tuple(of_texts[1:])) if self.has_cache else None
+        self.states[layer] = None
+        if self.passing is not None:
+            self.states[layer], noted = in_front_of_texts, self.passing.states.get(layer)
+            if noted is not None and noted[0] is key and noted[1] is value:
+                self.held.add(layer)
         self.windows[layer] = window
         self.attended += 1
         prompt_mask, text_mask = self._masks(window is not None)
@@ -268,7 +275,7 @@ class Packed:
             mask, positions = self.call.mask, self.call.given_positions
             if isinstance(mask, dict):
                 mask = mask["sliding_attention" if has_window else "full_attention"]
-            if self.has_cache or (positions is not None and positions.dim() != 2):
+            if self.passing is not None or (positions is not None and positions.dim() != 2):
                 positions = None  # as in transformers: where there is a cache, a row is one text
             of_texts = make(self.config, self.embeds, mask, None, positions)
             self.masks[has_window] = make(self.config, self.prompt.vectors, None, None), of_texts
@@ -286,12 +293,26 @@ class Packed:
             return value[0, length:].unflatten(0, (rows, text))
         return value[length:] if value.dim() == 2 and len(value) == total else value
 
-    def fill_cache(self) -> Cache:
-        """The given cache or a new one, filled with the texts as behind the prompt."""
+    def _apart(self, states: torch.Tensor) -> Pair:
+        """Takes queries, keys or values apart: (1, heads, G·V + B·S, D) → (G, heads, V, D) and (B, heads, S, D)."""
+        prompts, texts = states[0].split([self.length, states.shape[2] - self.length], dim=1)
+        prompts = prompts.unflatten(1, self.prompt.vectors.shape[:2])
+        return prompts.transpose(0, 1), texts.unflatten(1, self.embeds.shape[:2]).transpose(0, 1)
+
+    def fill_cache(self, passing: PassingCache) -> Cache:
+        """The given cache or a new one, filled with the texts as behind the prompt.
+
+        Raises:
+            NotRecorded: The backbone holds something else than one column for each position.
+        """
+        total = self.length + self.embeds.shape[:2].numel()
+        if {*passing.states} != {*self.states} or any(
+            state.dim() != 4 or state.shape[2] != total for pair in passing.states.values() for state in pair
+        ):
+            raise NotRecorded("its cache does not hold one column for each position")
         cache = DynamicCache(config=self.config) if self.call.cache is None else self.call.cache
-        for layer, (_, of_texts) in self.states.items():
-            cache.update(*of_texts, layer)
-        states = {layer: in_front for layer, (in_front, _) in self.states.items()}
-        note_prompt_beside(cache, dataclasses.replace(self.prompt, vectors=None, of_row=None, states=states))
-        take_in(cache)
+        for layer, pair in sorted(passing.states.items()):
+            cache.update(*(self._apart(state)[1] for state in pair), layer)
+        note_prompt_beside(cache, dataclasses.replace(self.prompt, vectors=None, of_row=None, states=self.states))
+        take_in(cache, self.held)
         return cache

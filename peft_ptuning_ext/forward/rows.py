@@ -54,6 +54,8 @@ def run(
     if torch.is_grad_enabled():  # training may write through `.data`, which leaves no trace
         stack.ptuning.states.drop(*{name for each in of_rows for name in each})
     is_due = one_pass.is_due(stack, call)
+    if len({layer.is_deep(name) for each in of_rows for name in each}) > 1:  # the one pass has no deep prompts
+        is_due = is_due and (torch.is_grad_enabled() or not one_pass.has_pass_of_its_own(stack, call))
     if why_in_row() is None and not is_due:
         try:
             prompts = _with_states(stack, forward, layer, list(dict.fromkeys(of_rows)), dtype)
@@ -74,7 +76,7 @@ def run(
     if vectors is None:
         return run_deep(**call.given)
     if call.cache is not None:
-        reason = why_in_row() or "gradients are asked for"
+        reason = why_in_row() or "gradients are asked for, token types are given, or processes share the weights"
         raise ValueError(
             f"{call.stack} got a cache, and it can't go on behind a prompt in every layer and one at the input at "
             f"once, because the second stands in the row here: {reason}. Leave the cache out."

@@ -221,7 +221,7 @@ class PTuningLayer(nn.Module, BaseTunerLayer):
         """
         if len(set(names)) < len(names):
             raise ValueError(f"An adapter can be active once, got {names}.")
-        placed = [name for name in names if self.ptuning_encoders[name].placeholder_id is not None]
+        placed = [name for name in names if self.encoder(name).placeholder_id is not None]
         if placed and len(names) > 1:
             raise ValueError(
                 f"Adapter {placed[0]!r} has a prompt template, which says where its prompt stands. It can't be active "

@@ -93,6 +93,7 @@ class ClozeClassifier(nn.Module):
 
     input_modalities = ("text",)  # a pipeline shows it
     base_model_prefix = "lm"  # PEFT asks where the model is whose weights have other names in older files
+    repeats_rows = True  # `adapter_names` asks: a causal model reads each text once for each beginning of a word
 
     def __init__(
         self,

@@ -11,10 +11,10 @@ r"""Trains every method on the same tasks, steps and batches, and writes a table
 DATA holds a folder for each task with JSON lines in the columns that its recipe takes by default: sst2/train.jsonl,
 sst2/test.jsonl and so on. Without `--data_folder`, the methods are compared on the data of text_classification.py.
 
-For each method, the learning rate is chosen from one grid, on rows of the training file that are held out for it, or it
-is the only one that is given. Each seed then trains on all training rows at that rate, and is measured once on the test
-file. With `--ablation`, plain vectors (or a plain deep prompt) are compared with one change of their recipe at a time.
-Rate and scores then are those of the held-out rows, so that the test file decides nothing.
+For each method, the learning rate is chosen from one grid, on rows of the training file that are held out for it, or
+it is the only one that is given. Each seed then trains on all training rows at that rate, and is measured once on the
+test file. With `--ablation`, plain vectors (or a plain deep prompt) are compared with one change of their recipe at a
+time. Rate and scores then are those of the held-out rows, so that the test file decides nothing.
 
 Every run is a recipe in a process of its own, with one thread, and as many run at the same time as there are cores.
 Finished runs are not repeated: the command can be stopped and started again.

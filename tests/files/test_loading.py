@@ -123,6 +123,27 @@ def test_bad_values_do_not_reach_an_adapter_that_is_there(saved) -> None:
     assert torch.equal(model.prompt_embeddings(), before)
 
 
+@pytest.mark.parametrize("case", ["other labels", "NaN"])
+def test_a_bad_head_does_not_reach_an_adapter_that_is_there(case: str, saved) -> None:
+    model = PeftModel.from_pretrained(make_model("BERT", "SEQ_CLS"), saved, is_trainable=True).eval()
+    batch = make_batch("BERT", "SEQ_CLS")
+    with torch.no_grad():
+        next(p for name, p in model.named_parameters() if "ptuning_encoders" in name).add_(1.0)
+        expected = main_output(model(**batch))
+
+    def change(tensors: dict) -> dict:
+        key = next(key for key in tensors if key.endswith("classifier.weight"))
+        bad = torch.zeros(3, tensors[key].shape[1]) if case == "other labels" else tensors[key] * float("nan")
+        return tensors | {key: bad}
+
+    change_weights(saved, change)
+    message = "another number of labels" if case == "other labels" else "holds NaN or infinite values"
+    with pytest.raises(ValueError, match=f"classifier.*{message}"):
+        model.load_adapter(saved, "default", is_trainable=True)
+    with torch.no_grad():
+        assert torch.equal(main_output(model(**batch)), expected)
+
+
 def test_a_pickle_is_loaded_when_asked_for(saved) -> None:
     expected = PeftModel.from_pretrained(make_model("BERT", "SEQ_CLS"), saved).prompt_embeddings()
     _as_pickle(saved)

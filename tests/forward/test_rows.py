@@ -18,7 +18,7 @@ from reference import POOLED, S, V, main_output, make_batch
 from releases import CACHE, CHECKPOINTING
 from transformers import DynamicCache, StaticCache
 
-from peft_ptuning_ext import export_to_peft, use_adapters
+from peft_ptuning_ext import PromptTemplate, export_to_peft, use_adapters
 from peft_ptuning_ext.forward.attention import register
 
 
@@ -546,6 +546,35 @@ def test_modules_inside_the_backbone_generate_for_each_row() -> None:
     found = generated(model, batch, adapter_names=names)
     for i, name in enumerate(names):
         assert torch.equal(found[i], generated(model, row_of(batch, i), adapter_names=[name])[0])
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_modules_inside_the_backbone_are_not_chosen_anew_in_the_backward_pass(use_reentrant: bool) -> None:
+    model, batch = with_modules("Llama", "mlp"), make_batch("Llama", "CAUSAL_LM", (S, S))
+    getattr(model.base_model.model, f"{CHECKPOINTING}_enable")({"use_reentrant": use_reentrant})
+    model.train()
+    for names in (["default", "other"], ["other", "other"]):
+        with pytest.raises(ValueError, match="gradient checkpointing runs its layers again in the backward pass"):
+            model(**batch, adapter_names=names)
+    model(**batch, adapter_names=["default", "default"]).logits.sum().backward()
+
+
+@pytest.mark.parametrize("rows", [[("long", "placed")] * 2, [("placed", "deep")] * 2, [("long", "long"), "long"]])
+def test_a_tuple_of_a_row_is_held_to_what_active_adapters_are(rows: list) -> None:
+    model, batch = make_many("Llama", "CAUSAL_LM"), make_batch("Llama", "CAUSAL_LM", (S, S))
+    template = PromptTemplate("{prompt:2} {text}", placeholder="<p>", placeholder_id=98)
+    model.add_adapter("placed", make_config("CAUSAL_LM", length=2, prompt_template=template))
+    with pytest.raises(ValueError, match="has a prompt template|can be active once"):
+        model(**batch, adapter_names=rows)
+    with pytest.raises(ValueError, match="has a prompt template|can be active once"):
+        model.generate(**batch, adapter_names=rows, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("rows", [[("deep", "long")] * 2, ["deep", "long"]], ids=["composed", "by row"])
+def test_both_depths_generate_in_training_mode(rows: list) -> None:
+    model, batch = make_many("Llama", "CAUSAL_LM"), make_batch("Llama", "CAUSAL_LM", (S, S))
+    expected = generated(model, batch, adapter_names=rows)
+    assert torch.equal(generated(model.train(), batch, adapter_names=rows), expected)
 
 
 def test_modules_with_several_inputs_are_refused() -> None:

@@ -288,7 +288,8 @@ def test_groups_of_rows_stay_together():
     assert compare._spread(lines, 2000, 20) == lines
     assert [len(compare._spread(lines, count, 20)) for count in (5, 20, 30)] == [5, 20, 20]
     single = [int(line) for line in compare._spread(lines, 100, 1)]
-    assert len(single) == 100 and {b - a for a, b in zip(single, single[1:])} <= {10, 11}
+    assert len(single) == 100
+    assert {after - before for before, after in pairwise(single)} <= {10, 11}
 
 
 def test_every_task_measures_what_its_recipe_writes():

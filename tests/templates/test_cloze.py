@@ -218,6 +218,25 @@ def test_gradient_checkpointing_changes_nothing(family: str, depth: str, use_ree
 
 @pytest.mark.parametrize("family", ["BERT", "Llama"])
 @torch.no_grad()
+def test_each_row_is_its_adapter_alone(family: str) -> None:
+    cloze, template = make_cloze(family)
+    model = get_peft_model(cloze, PTuningConfig(num_virtual_tokens=5)).eval()
+    model.add_adapter("deep", PTuningConfig(num_virtual_tokens=4, prompt_depth="DEEP"))
+    encode = template.map_function(cloze.tokenizer, num_masks=cloze.num_masks, keep_slots=False)
+    batch = dict(cloze.tokenizer.pad(encode({"text": TEXTS}), return_tensors="pt"))
+    names = ["default", "deep", "__base__"]
+    found = model(**batch, adapter_names=names).logits
+    for row, name in enumerate(names):
+        whole = model(**batch, adapter_names=[name] * len(names)).logits
+        torch.testing.assert_close(found[row], whole[row], rtol=0, atol=1e-4)
+    with model.disable_adapter():
+        torch.testing.assert_close(found[2], model(**batch).logits[2], rtol=0, atol=1e-4)
+    model.base_model.set_adapter("deep")
+    torch.testing.assert_close(found[1], model(**batch).logits[1], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["BERT", "Llama"])
+@torch.no_grad()
 def test_contextual_calibration(family: str, tmp_path) -> None:
     cloze, template = make_cloze(family, calibration="contextual")
     batch = make_batch(cloze, template)
