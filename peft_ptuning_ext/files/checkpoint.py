@@ -303,9 +303,10 @@ def _tensor_of(model: nn.Module, key: str) -> Optional[torch.Tensor]:
     for name in (key, key.removeprefix("base_model.model.")):
         path, _, last = name.rpartition(".")
         try:
-            return getattr(model.get_submodule(path), last)
+            found = getattr(model.get_submodule(path), last)
         except AttributeError:
             continue
+        return found if isinstance(found, torch.Tensor) else None  # trained tokens are by adapter there
     return None
 
 

@@ -311,7 +311,7 @@ class Packed:
         ):
             raise NotRecorded("its cache does not hold one column for each position")
         cache = DynamicCache(config=self.config) if self.call.cache is None else self.call.cache
-        for layer, pair in sorted(passing.states.items()):
+        for layer, pair in passing.states.items():
             cache.update(*(self._apart(state)[1] for state in pair), layer)
         note_prompt_beside(cache, dataclasses.replace(self.prompt, vectors=None, of_row=None, states=self.states))
         take_in(cache, self.held)

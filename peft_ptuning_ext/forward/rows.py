@@ -76,7 +76,8 @@ def run(
     if vectors is None:
         return run_deep(**call.given)
     if call.cache is not None:
-        reason = why_in_row() or "gradients are asked for, token types are given, or processes share the weights"
+        others = "gradients are asked for" if torch.is_grad_enabled() else "it has no pass of its own in this call"
+        reason = why_in_row() or others
         raise ValueError(
             f"{call.stack} got a cache, and it can't go on behind a prompt in every layer and one at the input at "
             f"once, because the second stands in the row here: {reason}. Leave the cache out."
