@@ -105,12 +105,13 @@ def layers_attended(cache: Cache, attended: States) -> set[int]:
 
     Some hold what keys and values are made from (DeepSeek), or fewer heads (JetMoe).
     """
-    held = enumerate(getattr(cache, "layers", ()))
-    return {index for index, layer in held if _is_pair(attended.get(index), layer.keys, layer.values)}
+    layers = getattr(cache, "layers", ())
+    return {index for index, pair in attended.items() if index < len(layers) and _holds(layers[index], pair)}
 
 
-def _is_pair(pair: Any, key: Any, value: Any) -> bool:
-    return pair is not None and pair[0] is key and pair[1] is value
+def _holds(layer: Any, pair: tuple[torch.Tensor, torch.Tensor]) -> bool:
+    """Whether a layer of a cache holds these very tensors."""
+    return getattr(layer, "keys", None) is pair[0] and getattr(layer, "values", None) is pair[1]
 
 
 def take_in(cache: Cache, attended: Collection[int]) -> None:
