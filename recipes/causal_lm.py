@@ -74,7 +74,7 @@ class TextArguments:
         default=0,
         metadata={
             "help": "So many rows of the training data stand in front of every text, with their answers, and are not "
-            "trained on."
+            "trained on. A prompt that was trained behind them needs them again where it is used."
         },
     )
     max_length: int = field(

@@ -143,7 +143,7 @@ Heads = dict[nn.Module, dict[Names, Optional[nn.Module]]]
 
 def _check_rerun(stack: nn.Module, inside: Heads) -> None:
     """Refuses modules inside the backbone that would be others when layers run again in the backward pass."""
-    if not torch.is_grad_enabled() or not is_checkpointed(stack):
+    if not inside or not torch.is_grad_enabled() or not is_checkpointed(stack):
         return
     if any(set(by_names.values()) != {_active_head(module)} for module, by_names in inside.items()):
         raise ValueError(

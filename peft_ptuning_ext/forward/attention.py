@@ -51,7 +51,9 @@ class InFront:
         present (`torch.Tensor`, *optional*): Which of the prompt's columns each row has, (B, V); `None`: all.
         masks (`dict`): Masks with the prompt's columns, and what else layers share.
         attended (`int`): How many layers were called so far that do not say which they are.
-        given (`dict`, *optional*): By layer, the text's keys and values that attention was given; `None`: not noted.
+        given (`dict`, *optional*):
+            By layer, weak references to the keys and values that attention was given, which caches may move or drop;
+            `None`: they are not noted.
     """
 
     prompt: Prompt
@@ -63,7 +65,7 @@ class InFront:
     present: Optional[torch.Tensor] = None
     masks: dict = field(default_factory=dict)
     attended: int = 0
-    given: Optional[States] = None
+    given: Optional[dict[int, tuple[weakref.ref, weakref.ref]]] = None
 
     def attend(self, attention, module, query, key, value, mask, kwargs) -> tuple[torch.Tensor, Any]:
         """The attention of one layer to [prompt; text].
@@ -81,7 +83,7 @@ class InFront:
         if layer is None:
             layer, self.attended = self.attended, self.attended + 1
         if self.given is not None:
-            self.given[layer] = key, value
+            self.given[layer] = weakref.ref(key), weakref.ref(value)
         window, is_causal = kwargs.get("sliding_window"), kwargs.get("is_causal")
         if window is not None and not isinstance(self.past, torch.Tensor):
             # A window longer than the whole sequence hides nothing.

@@ -15,14 +15,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Collection
+import weakref
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
-from ..prompts.prompt import Prompt, States, by_row
+from ..prompts.prompt import Prompt, by_row
 
 
 # Up to so many rows times V, on a CPU, a step takes no longer with the prompt in each row of the cache. Above, reading
@@ -100,18 +101,19 @@ def is_taken_in() -> bool:
     return not (torch.compiler.is_compiling() or torch.is_grad_enabled())
 
 
-def layers_attended(cache: Cache, attended: States) -> set[int]:
+def layers_attended(cache: Cache, given: Mapping[int, tuple[weakref.ref, weakref.ref]]) -> set[int]:
     """The layers of a cache that hold the keys and values which their attention was given.
 
     Some hold what keys and values are made from (DeepSeek), or fewer heads (JetMoe).
     """
     layers = getattr(cache, "layers", ())
-    return {index for index, pair in attended.items() if index < len(layers) and _holds(layers[index], pair)}
+    return {index for index, pair in given.items() if index < len(layers) and _holds(layers[index], *pair)}
 
 
-def _holds(layer: Any, pair: tuple[torch.Tensor, torch.Tensor]) -> bool:
+def _holds(layer: Any, key: weakref.ref, value: weakref.ref) -> bool:
     """Whether a layer of a cache holds these very tensors."""
-    return getattr(layer, "keys", None) is pair[0] and getattr(layer, "values", None) is pair[1]
+    held = getattr(layer, "keys", None), getattr(layer, "values", None)
+    return None not in held and held[0] is key() and held[1] is value()
 
 
 def take_in(cache: Cache, attended: Collection[int]) -> None:
