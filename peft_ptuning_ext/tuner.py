@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .adapters.by_row import choose_for_call
 from .adapters.checks import check_adapter, check_is_new, check_weights
-from .adapters.deep_start import find_deep_start
+from .adapters.deep_start import find_deep_start, states_of_vectors
 from .adapters.installation import install, take_deep_prompts
 from .adapters.names import from_saved_names, naming, to_saved_names
 from .adapters.other_methods import activate, check_copies, check_together, has_other_methods, keeping_others_active
@@ -317,6 +317,8 @@ class PTuningModel(BaseTuner):
         shapes = None if self._deep is None else self._deep.shapes
         if peft_config.prompt_tuning_init == PromptInit.ADAPTER and not peft_config._from_file:
             self._start = load_prompt(peft_config, backbone.width, shapes)
+            if peft_config.is_deep and isinstance(self._start, torch.Tensor):
+                self._start = states_of_vectors(model, backbone, peft_config, self._start)
         peft_config.cloze = getattr(model, "cloze_settings", None)
         source, peft_config._source = peft_config._source, None
         if source is not None:

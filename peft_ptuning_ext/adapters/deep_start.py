@@ -73,6 +73,28 @@ def find_deep_start(model: nn.Module, backbone: Backbone, config: PTuningConfig)
     return DeepStart(config, measured, modules)
 
 
+def states_of_vectors(model: nn.Module, backbone: Backbone, config: PTuningConfig, vectors: torch.Tensor) -> States:
+    """Returns what the model itself makes of a prompt at its input, as the start of a deep one.
+
+    Args:
+        model (`nn.Module`): The model without the new adapter.
+        backbone ([`Backbone`]): Facts about it.
+        config ([`PTuningConfig`]): The config of the new adapter.
+        vectors (`torch.Tensor`): The prompt at the input, (V, H).
+
+    Returns:
+        `dict[int, tuple]`: Keys and values by layer, each (1, key-value heads, V, D).
+
+    Raises:
+        ValueError: The model can't read V tokens.
+    """
+    _check_tokens(_stacks(model, backbone, config), vectors)
+    stack = model.get_submodule(backbone.name)
+    table = table_of(model.get_submodule(backbone.embedding_path)).weight
+    vectors = vectors.to(table.dtype if table.is_floating_point() else stack.dtype)
+    return deep.measure(stack, backbone, vectors, _first_position(backbone, config))[0]
+
+
 def _stacks(model: nn.Module, backbone: Backbone, config: PTuningConfig) -> list[nn.Module]:
     """The stacks that read tokens here: an encoder reads those of its decoder, too."""
     paths = [backbone.name, backbone.decoder] if config.is_in_decoder else [backbone.name]
@@ -84,13 +106,13 @@ def _is_of_tokens(config: PTuningConfig) -> bool:
     return starts_at_tokens(config) and not config._from_file
 
 
-def _check_tokens(stacks: list[nn.Module], ids: torch.Tensor) -> None:
-    """Refuses to start at more tokens than the model can read."""
+def _check_tokens(stacks: list[nn.Module], tokens: torch.Tensor) -> None:
+    """Refuses to start at more tokens, ids (V,) or vectors (V, H), than the model can read."""
     for stack in stacks:
-        if (limit := max_positions(stack)) is not None and len(ids) > limit:
+        if (limit := max_positions(stack)) is not None and len(tokens) > limit:
             raise ValueError(
-                f"A deep prompt that starts at tokens is {len(ids)} of them here, and {type(stack).__name__} can read "
-                f"{limit}. Choose a smaller `num_virtual_tokens` or prompt_tuning_init='RANDOM'."
+                f"A deep prompt that starts at tokens is {len(tokens)} of them here, and {type(stack).__name__} can "
+                f"read {limit}. Choose a smaller `num_virtual_tokens` or prompt_tuning_init='RANDOM'."
             )
 
 

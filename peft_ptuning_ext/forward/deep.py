@@ -180,14 +180,14 @@ def _without_cache(output: Any) -> Any:
 
 
 def measure(
-    stack: PreTrainedModel, backbone: Backbone, token_ids: torch.Tensor, first_position: int = 0
+    stack: PreTrainedModel, backbone: Backbone, tokens: torch.Tensor, first_position: int = 0
 ) -> tuple[States, dict[int, nn.Module]]:
     """Returns the keys and values that a backbone itself makes of tokens, by one pass of them in evaluation.
 
     Args:
         stack (`PreTrainedModel`): The backbone, with prompts attached or not.
         backbone ([`Backbone`]): Facts about it.
-        token_ids (`torch.Tensor`): Ids (N,).
+        tokens (`torch.Tensor`): Ids (N,), or vectors (N, H) in the dtype of the text's embeddings.
         first_position (`int`): The position of the first of them, where it is not the model's own.
 
     Returns:
@@ -198,22 +198,29 @@ def measure(
     """
     if backbone.deep_way is None:
         raise refusal(stack, backbone.not_deep)
-    ids = token_ids[None].to(device_of(stack, backbone))
-    arguments = {"input_ids": ids}
-    if not ids.is_meta:  # there, transformers can't look whether a mask hides anything
-        arguments["attention_mask"] = torch.ones_like(ids)
+    try:
+        return _pass_of(stack, backbone, tokens, first_position)
+    except NotRecorded as reason:
+        raise refusal(stack, str(reason)) from None
+
+
+def _pass_of(
+    stack: PreTrainedModel, backbone: Backbone, tokens: torch.Tensor, first_position: int = 0
+) -> tuple[States, dict[int, nn.Module]]:
+    """[`measure`] of a stack that may not record, which raises [`NotRecorded`]."""
+    # A copy of vectors, because there are models that scale their embeddings in place.
+    tokens = tokens[None].to(device_of(stack, backbone), copy=True)
+    given = {"inputs_embeds" if tokens.is_floating_point() else "input_ids": tokens}
+    if not tokens.is_meta:  # there, transformers can't look whether a mask hides anything
+        given["attention_mask"] = torch.ones_like(tokens[..., 0] if tokens.dim() == 3 else tokens, dtype=torch.long)
     if first_position:
-        positions = torch.arange(len(token_ids), device=ids.device)[None] + first_position
-        arguments["position_ids"] = positions
+        given["position_ids"] = torch.arange(tokens.shape[1], device=tokens.device)[None] + first_position
     with torch.no_grad(), in_evaluation(stack), gather_params_ctx(stack.parameters()):
         if backbone.deep_way == "cache":
-            return _fill_cache(stack, backbone, arguments), {}
+            return _fill_cache(stack, backbone, given), {}
         if backbone.deep_way == "projections":
-            return projections.record(stack, arguments), {}
-        try:
-            recording = _record(stack, arguments)
-        except NotRecorded as reason:
-            raise refusal(stack, str(reason)) from None
+            return projections.record(stack, given), {}
+        recording = _record(stack, given)
         return recording.states, recording.modules
 
 
@@ -283,18 +290,10 @@ def record_prompt(stack: PreTrainedModel, vectors: torch.Tensor) -> tuple[States
     backbone = stack.ptuning.backbone
     if (reason := _why_not_apart(stack)) is not None:
         raise _not_apart(stack, reason)
-    # A copy of the prompt, because there are models that scale their embeddings in place.
-    arguments = {"inputs_embeds": vectors[None].clone()}
-    if "position_ids" in backbone.parameters:
-        arguments["position_ids"] = torch.arange(len(vectors), device=vectors.device)[None]
-    with torch.no_grad(), in_evaluation(stack), gather_params_ctx(stack.parameters()):
-        if backbone.deep_way == "cache":
-            return _fill_cache(stack, backbone, arguments), {}
-        try:
-            recording = _record(stack, {**arguments, "use_cache": False})
-        except NotRecorded as reason:
-            raise _not_apart(stack, str(reason)) from None
-    return recording.states, recording.modules
+    try:
+        return _pass_of(stack, backbone, vectors)
+    except NotRecorded as reason:
+        raise _not_apart(stack, str(reason)) from None
 
 
 def _not_apart(stack: nn.Module, reason: str) -> ValueError:

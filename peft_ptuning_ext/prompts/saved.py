@@ -34,12 +34,13 @@ def load_prompt(config: PTuningConfig, width: int, shapes: Optional[Shapes] = No
         shapes (`dict[int, LayerShape]`, *optional*): What each layer takes, for a deep prompt.
 
     Returns:
-        Vectors (V, H), or keys and values by layer, each (1, key-value heads, V, D), float32.
+        Vectors (V, H) of a prompt at the input, or the keys and values of a deep one by layer, each (1, key-value
+        heads, V, D); float32.
 
     Raises:
         ValueError:
-            There is no adapter with such a prompt, it has another depth or length, or its file can't be read or holds
-            NaN or infinite values.
+            There is no adapter with such a prompt, it can't be the start of one of this depth or length, or its file
+            can't be read or holds NaN or infinite values.
     """
     model_id, length = config.prompt_tuning_init_adapter, config.num_virtual_tokens
     saved = PeftConfig.from_pretrained(model_id)
@@ -50,11 +51,16 @@ def load_prompt(config: PTuningConfig, width: int, shapes: Optional[Shapes] = No
             f"start at those of {', '.join(kind.value for kind in (PeftType('PTUNING'), *STOCK_TYPES))}."
         )
     depth = stock_depth(saved) if is_stock else saved.prompt_depth
-    if depth is not config.prompt_depth:
+    if depth is PromptDepth.DEEP and not config.is_deep:
         raise ValueError(
-            f"`prompt_depth` is {config.prompt_depth.value!r}, and the prompt of {model_id}, at which "
-            f"`prompt_tuning_init_adapter` starts, has {depth.value!r}. Give both the same depth, or, on a causal "
-            "decoder, make a prompt at the input a deep one with `unfold_prompt`."
+            f"`prompt_depth` is 'INPUT', and the prompt of {model_id}, at which `prompt_tuning_init_adapter` starts, "
+            "is 'DEEP': no vectors at the input compute what its keys and values do. Choose prompt_depth='DEEP'."
+        )
+    if depth is PromptDepth.INPUT and config.is_in_decoder:
+        raise ValueError(
+            f"`prompt_stacks` is {config.prompt_stacks.value!r}, and the prompt of {model_id}, at which "
+            "`prompt_tuning_init_adapter` starts, stands at the input of the encoder: it has nothing for the decoder. "
+            "Choose prompt_stacks='ENCODER'."
         )
     if saved.num_virtual_tokens != length:
         raise ValueError(
@@ -70,7 +76,7 @@ def load_prompt(config: PTuningConfig, width: int, shapes: Optional[Shapes] = No
         ) from error
     if not is_stock:
         with torch.device("meta"):
-            encoder = build_encoder(saved, width, shapes)
+            encoder = build_encoder(saved, width, shapes if depth is PromptDepth.DEEP else None)
         return read_prompt(path, encoder)
     expected = stock_shape(saved, model_id, width, shapes)
     tensors = read_tensors(path, {STOCK_KEY: expected}, with_others=False)

@@ -62,10 +62,14 @@ class Task:
 
 @dataclass(frozen=True)
 class Method:
-    """What is trained. `options` are options of the recipe, most of them those of `MethodArguments`."""
+    """What is trained. `options` are options of the recipe, most of them those of `MethodArguments`.
+
+    With `first`, the method of this name trains for the first half of the steps, and this one starts from its prompt.
+    """
 
     name: str
     options: dict
+    first: str | None = None
 
 
 METHODS = {
@@ -73,6 +77,11 @@ METHODS = {
     "ptuning_mlp": Method("this package, MLP", {"method": "ptuning", "depth": "INPUT", "encoder": "MLP"}),
     "ptuning_deep": Method(
         "this package, deep", {"method": "ptuning", "depth": "DEEP", "encoder": "NONE", "num_virtual_tokens": 32}
+    ),
+    "ptuning_unfolded": Method(
+        "this package, at the input, then deep",
+        {"method": "ptuning", "depth": "DEEP", "encoder": "NONE", "prompt_tuning_init": "ADAPTER"},
+        first="ptuning",
     ),
     "peft_ptuning": Method("PEFT P-tuning", {"method": "peft_ptuning"}),
     "peft_prefix": Method("PEFT prefix tuning", {"method": "peft_prefix", "num_virtual_tokens": 32}),
@@ -237,46 +246,78 @@ def train(run: Run, task: Task, args: argparse.Namespace) -> dict | None:
     error = folder / "error.txt"
     if not (folder / "metrics.json").is_file():
         error.unlink(missing_ok=True)
-        prefix = "search_" if run.is_search else ""
-        options = {
-            "train_file": output / run.task / f"{prefix}train.jsonl",
-            "validation_file": output / run.task / f"{prefix}test.jsonl",
-            "output_dir": folder,
-            "max_steps": args.max_steps or task.steps,
-            "learning_rate": run.learning_rate,
-            "seed": run.seed,
-            "eval_strategy": "no",
-            "save_strategy": "no",
-            "num_virtual_tokens": args.num_virtual_tokens,
-            "lr_scheduler_type": "linear",
-            "warmup_steps": 0.1,
-            "bf16": True,
-            "use_cpu": args.use_cpu,
-            "disable_tqdm": True,
-            **task.options,
-            **TRAINED[run.method].options,
-        }
-        if args.model_name_or_path:
-            options["model_name_or_path"] = args.model_name_or_path
-        words = [word for name, value in options.items() for word in (f"--{name}", str(value))] + args.recipe_options
-        done = subprocess.run(
-            [sys.executable, str(RECIPES / f"{task.recipe}.py"), *words],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
-            capture_output=True,
-            text=True,
-        )
-        for weights in folder.glob("*.safetensors"):
+        reason = _train_in_turn(run, task, args)
+        for weights in folder.rglob("*.safetensors"):
             weights.unlink()
-        if done.returncode != 0:
+        if reason is not None:
             folder.mkdir(parents=True, exist_ok=True)
-            # A process that a signal has killed (a status below 0) has written no reason.
-            lines = done.stderr.strip().splitlines() if done.returncode > 0 else []
-            error.write_text((lines or [f"ended with status {done.returncode}"])[-1] + "\n", encoding="utf-8")
-            print(f"{folder.relative_to(output)}: {error.read_text(encoding='utf-8').strip()}\n", end="", flush=True)
+            error.write_text(reason + "\n", encoding="utf-8")
+            print(f"{folder.relative_to(output)}: {reason}\n", end="", flush=True)
             return None
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     print(f"{folder.relative_to(output)}: {task.metric} {task.score(metrics):.4f}\n", end="", flush=True)
     return metrics
+
+
+def _train_in_turn(run: Run, task: Task, args: argparse.Namespace) -> str | None:
+    """Trains a method, and before it the one that it starts from. Returns the reason if a recipe fails."""
+    folder, steps = run.folder(Path(args.output_dir)), args.max_steps or task.steps
+    method = TRAINED[run.method]
+    if method.first is None:
+        return _run_recipe(run, task, args, method, folder, steps)
+    start, half = folder / "first", steps // 2
+    reason = _run_recipe(run, task, args, TRAINED[method.first], start, half)
+    if reason is not None:
+        return reason
+    # Other batches than those that the first half began with.
+    second = {"prompt_tuning_init_adapter": start, "data_seed": 1000 + run.seed}
+    return _run_recipe(run, task, args, method, folder, steps - half, second)
+
+
+def _run_recipe(
+    run: Run,
+    task: Task,
+    args: argparse.Namespace,
+    method: Method,
+    folder: Path,
+    steps: int,
+    second: dict | None = None,
+) -> str | None:
+    """Runs a recipe in a process of its own. Returns the reason if it fails."""
+    files, prefix = Path(args.output_dir) / run.task, "search_" if run.is_search else ""
+    options = {
+        "train_file": files / f"{prefix}train.jsonl",
+        "validation_file": files / f"{prefix}test.jsonl",
+        "output_dir": folder,
+        "max_steps": steps,
+        "learning_rate": run.learning_rate,
+        "seed": run.seed,
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "num_virtual_tokens": args.num_virtual_tokens,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 0.1,
+        "bf16": True,
+        "use_cpu": args.use_cpu,
+        "disable_tqdm": True,
+        **task.options,
+        **method.options,
+        **(second or {}),
+    }
+    if args.model_name_or_path:
+        options["model_name_or_path"] = args.model_name_or_path
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))] + args.recipe_options
+    done = subprocess.run(
+        [sys.executable, str(RECIPES / f"{task.recipe}.py"), *words],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode == 0:
+        return None
+    # A process that a signal has killed (a status below 0) has written no reason.
+    lines = done.stderr.strip().splitlines() if done.returncode > 0 else []
+    return (lines or [f"ended with status {done.returncode}"])[-1]
 
 
 def train_all(runs: list[Run], tasks: dict[str, Task], args: argparse.Namespace) -> dict[Run, dict | None]:
@@ -447,7 +488,9 @@ def main(argv: list[str] | None = None) -> None:
         choices=TASKS,
         help=f"Tasks of the data folder. Default: all except {' and '.join(OF_LANGUAGE_MODELS)}.",
     )
-    parser.add_argument("--methods", nargs="+", choices=TRAINED, help="Default: all that are no change of another.")
+    parser.add_argument(
+        "--methods", nargs="+", choices=TRAINED, help="Default: those that start anew and are no change of another."
+    )
     parser.add_argument(
         "--ablation",
         nargs="?",
@@ -486,7 +529,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--tasks needs --data_folder")
     if args.ablation and args.methods is not None:
         parser.error("--ablation compares changes of one method and takes no --methods")
-    args.methods = args.methods or list(METHODS)
+    args.methods = args.methods or [name for name, method in METHODS.items() if method.first is None]
 
     output = Path(args.output_dir)
     names = args.tasks or [name for name in TASKS if name not in OF_LANGUAGE_MODELS]

@@ -74,11 +74,18 @@ class MethodArguments:
     encoder_dropout: float = field(
         default=0.0, metadata={"help": "Dropout in the network; with DEEP, on the keys and values."}
     )
-    prompt_tuning_init: Literal["RANDOM", "SAMPLE_VOCAB", "TEXT", "ZERO_VALUES"] = field(
+    prompt_tuning_init: Literal["RANDOM", "SAMPLE_VOCAB", "TEXT", "ADAPTER", "ZERO_VALUES"] = field(
         default="RANDOM",
         metadata={
-            "help": "Where the prompt starts: at random, at random tokens, at a text, or (only DEEP) at random keys "
-            "and values of 0."
+            "help": "Where the prompt starts: at random, at random tokens, at a text, at a trained prompt, or (only "
+            "DEEP) at random keys and values of 0."
+        },
+    )
+    prompt_tuning_init_adapter: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder or Hub id of the adapter that ADAPTER starts from. With DEEP, its prompt may be one at "
+            "the input: on a causal decoder, training goes on from there in every layer."
         },
     )
     prompt_tuning_init_text: str | None = field(default=None, metadata={"help": "The text that TEXT starts from."})

@@ -92,9 +92,11 @@ def _make_config(args: MethodArguments, task_type: str, tokenizer: PreTrainedTok
             encoder_dropout=args.encoder_dropout,
             prompt_tuning_init=args.prompt_tuning_init,
             prompt_tuning_init_text=args.prompt_tuning_init_text,
+            prompt_tuning_init_adapter=args.prompt_tuning_init_adapter,
             tokenizer_name_or_path=tokenizer if args.prompt_tuning_init == "TEXT" else None,
         )
-    options = ("depth", "encoder", "encoder_dropout", "prompt_tuning_init", "prompt_tuning_init_text")
+    starts = ("prompt_tuning_init", "prompt_tuning_init_text", "prompt_tuning_init_adapter")
+    options = ("depth", "encoder", "encoder_dropout", *starts)
     given = [name for name in options if getattr(args, name) != getattr(MethodArguments, name)]
     if args.method == "peft_ptuning":
         encoder = args.encoder or "MLP"

@@ -12,9 +12,9 @@ import safetensors.torch
 import torch
 from accelerate import cpu_offload
 from by_hand import deep_by_hand
-from families import FAMILIES, TASKS, make_model
+from families import DECODERS, FAMILIES, TASKS, make_model
 from making import make_adapted, make_config
-from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model, inject_adapter_in_model
 from reference import V, main_output, make_batch, unmasked
 from transformers import (
     BertConfig,
@@ -326,10 +326,66 @@ def test_a_prompt_starts_at_that_of_another_task(tmp_path) -> None:
     model = make_deep("BERT", "TOKEN_CLS", **start)
     for pair, other in zip(model.prompt_key_values().values(), source.prompt_key_values().values(), strict=True):
         torch.testing.assert_close(pair, other, rtol=0, atol=1e-6)
-    with pytest.raises(ValueError, match="`prompt_depth` is 'INPUT', and the prompt of .* has 'DEEP'"):
+    with pytest.raises(ValueError, match="`prompt_depth` is 'INPUT', and the prompt of .* is 'DEEP': no vectors"):
         make_adapted("BERT", "SEQ_CLS", **start)
     with pytest.raises(ValueError, match="keys and values for 2 layers, and the model has 3"):
         make_adapted("BERT", "SEQ_CLS", sizes={"num_hidden_layers": 3}, **DEEP, **start)
+
+
+def _started_at(source: PeftModel, folder, family: str, task: str, **options) -> PeftModel:
+    source.save_pretrained(folder)
+    return make_deep(family, task, prompt_tuning_init="ADAPTER", prompt_tuning_init_adapter=folder, **options)
+
+
+@pytest.mark.parametrize("shift_positions", [False, True])
+@pytest.mark.parametrize("family", DECODERS)
+@torch.no_grad()
+def test_a_start_at_vectors_computes_what_they_did(family: str, shift_positions: bool, tmp_path) -> None:
+    source = make_adapted(family, "CAUSAL_LM", encoder_reparameterization_type="MLP")
+    for name, parameter in source.named_parameters():
+        if "ptuning_" in name:
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    batch = make_batch(family, "CAUSAL_LM", pad_left=family != "Falcon")
+    expected = unmasked(source(**batch).logits, batch["attention_mask"])
+    model = _started_at(source, tmp_path, family, "CAUSAL_LM", shift_positions=shift_positions)
+    difference = (unmasked(model(**batch).logits, batch["attention_mask"]) - expected).abs().max()
+    # The text of a model that has learned a vector for each position is at its own positions unless it is shifted.
+    assert (difference < 1e-4) == (shift_positions or family not in ("GPT-2", "OPT"))
+    model.save_pretrained(tmp_path / "deep")
+    loaded = PeftModel.from_pretrained(make_model(family, "CAUSAL_LM"), tmp_path / "deep")
+    assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_a_start_at_the_vectors_of_tokens_is_a_start_at_the_tokens(family: str, tmp_path) -> None:
+    task = FAMILIES[family].tasks[0]
+    source = make_adapted(family, task, prompt_tuning_init="SAMPLE_VOCAB")
+    model = _started_at(source, tmp_path, family, task)
+    expected = make_deep(family, task, prompt_tuning_init="SAMPLE_VOCAB").prompt_key_values()
+    for layer, pair in model.prompt_key_values().items():
+        torch.testing.assert_close(pair, expected[layer], rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_deep_prompt_starts_at_a_prompt_of_stock_peft(tmp_path) -> None:
+    stock = get_peft_model(
+        make_model("Llama", "CAUSAL_LM"), PromptTuningConfig(num_virtual_tokens=V, task_type="CAUSAL_LM")
+    )
+    batch = make_batch("Llama", "CAUSAL_LM", lengths=(6, 6))
+    expected = stock.eval()(**batch).logits[:, V:]
+    model = _started_at(stock, tmp_path, "Llama", "CAUSAL_LM")
+    torch.testing.assert_close(model(**batch).logits, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("stacks", ["DECODER", "BOTH"])
+def test_vectors_at_the_input_are_no_start_for_a_decoder(stacks: str, tmp_path) -> None:
+    source = make_adapted("T5", "SEQ_2_SEQ_LM")
+    with pytest.raises(
+        ValueError, match=f"`prompt_stacks` is '{stacks}', and the prompt of .* nothing for the decoder"
+    ):
+        _started_at(source, tmp_path, "T5", "SEQ_2_SEQ_LM", prompt_stacks=stacks)
+    assert _started_at(source, tmp_path, "T5", "SEQ_2_SEQ_LM").peft_config["default"].is_deep
 
 
 def test_a_start_at_more_tokens_than_the_model_reads() -> None:

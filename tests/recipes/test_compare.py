@@ -14,7 +14,10 @@ from types import SimpleNamespace
 import compare
 import evaluate
 import pytest
+import torch
+from safetensors.torch import load_file
 from tiny_recipes import RECIPES, save_backbone, write_rows
+from transformers import AutoModelForSequenceClassification
 
 
 RATES = [0.001, 0.1]
@@ -193,6 +196,44 @@ def test_a_deep_prompt_has_changes_of_its_own(data, runs, tmp_path, monkeypatch)
     assert changed["deep_mlp"]["--encoder"] == "MLP"
     table = (tmp_path / "ablation_ptuning_deep.md").read_text().splitlines()
     assert [line.split(" | ")[0] for line in table[2:]] == ["| none", *(f"| {kept[name].name}" for name in kept)]
+
+
+def test_a_method_in_two_halves_starts_from_the_first(data, runs, tmp_path, monkeypatch):
+    found = []
+    original = compare._run_recipe
+
+    def run_and_look(run, task, args, method, folder, *words):
+        reason = original(run, task, args, method, folder, *words)
+        found.append(load_file(folder / "adapter_model.safetensors"))
+        return reason
+
+    monkeypatch.setattr(compare, "_run_recipe", run_and_look)
+    words = ["--tasks", "sst2", "--seeds", "1", "--learning_rates", "1e-9"]
+    (row,) = run(data, tmp_path, *words, methods=["ptuning_unfolded"])
+    first, second = runs
+    assert [words["--max_steps"] for words in runs] == ["1", "2"]
+    assert first["--depth"] == "INPUT"
+    assert second["--depth"] == "DEEP"
+    assert second["--prompt_tuning_init_adapter"] == first["--output_dir"]
+    assert first["--seed"] == second["--seed"]
+    assert second["--data_seed"] != first["--seed"]
+    assert len(row["scores"]) == 1
+    # At a rate of almost 0, keys and values still are those that the model makes of the vectors.
+    base = AutoModelForSequenceClassification.from_pretrained(data.model)
+    vectors = next(value for name, value in found[0].items() if name.endswith("embedding"))
+    with torch.no_grad():
+        hidden = base.bert.embeddings(inputs_embeds=vectors[None])
+        keys = base.bert.encoder.layer[0].attention.self.key(hidden)[0]
+    (saved,) = (value for name, value in found[1].items() if name.endswith("keys.0"))
+    torch.testing.assert_close(saved.transpose(0, 1).flatten(1), keys, rtol=0, atol=1e-4)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_first_half_that_fails_is_the_reason(data, runs, tmp_path):
+    words = ["--tasks", "sst2", "--seeds", "1", "--learning_rates", "0.1", "--num_virtual_tokens", "60"]
+    (row,) = run(data, tmp_path, *words, methods=["ptuning_unfolded"])
+    assert row["error"].startswith("ValueError: 60 virtual tokens and")
+    assert len(runs) == 1
 
 
 def test_no_change_is_tried_where_the_unchanged_refuses(data, runs, tmp_path):
