@@ -29,7 +29,7 @@ import evaluate
 from datasets import Dataset, DatasetDict
 from peft import LoraConfig, get_peft_model
 from shared.arguments import DataArguments, ModelArguments, parse_arguments
-from shared.language_model import PLACEHOLDER, find_language_model
+from shared.language_model import find_language_model
 from shared.methods import prompt_rate
 from shared.models import find_model, find_packaged_encoder, load_tokenizer
 from shared.sources import DATA, METRICS, load_data
@@ -255,10 +255,7 @@ def write_results(scores: dict[str, list[float]], task: Task) -> str:
 
 
 def _find_language_model(few: FewShotArguments) -> str:
-    if few.language_model:
-        return find_model(few.language_model)
-    few.placeholder = few.placeholder or PLACEHOLDER
-    return find_language_model()
+    return find_model(few.language_model) if few.language_model else find_language_model()
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -46,6 +46,8 @@ RESERVED = [
 ]
 # The token of byte 255 in a vocabulary that has all bytes. UTF-8 never has this byte, so no text yields the token.
 UNREACHABLE = "ÿ"
+# StarCoder and SmolLM have read it in notebooks, in the place of an output that a cell does not have.
+EMPTY_OUTPUT = "<empty_output>"
 # Stands for a slot in a text, where the tokenizer does not find the placeholder in one.
 MARKER = "<|slot of a prompt template|>"
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -423,6 +425,8 @@ def _find_reserved(tokenizer: PreTrainedTokenizerBase) -> str:
             return max(found, key=lambda match: int(match[1]))[0]
     if set(ByteLevel.alphabet()) <= vocabulary.keys():
         return UNREACHABLE
+    if EMPTY_OUTPUT in tokenizer.get_added_vocab():
+        return EMPTY_OUTPUT
     raise ValueError(
         f"The vocabulary of this {type(tokenizer).__name__} has no reserved token such as [unused1] for the slots of "
         f"a template. Name a token that texts do not have: `placeholder=...`. {_how_to_add('<prompt>')} And where the "

