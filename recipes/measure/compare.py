@@ -43,7 +43,7 @@ class Task:
     """A recipe and its data. `options` are options of the recipe, the same for every method."""
 
     recipe: str
-    metric: str
+    metric: str  # decides
     test: str
     steps: int
     options: dict = field(default_factory=dict)
@@ -52,6 +52,7 @@ class Task:
     search_seeds: int = 3
     learning_rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2, 1e-1)
     best: float = 1  # the highest value of the metric
+    others: tuple[str, ...] = ()  # further metrics of the recipe, shown as they are
     folder: str | None = None  # of the data, where it is not named as the task
     neighbours: int = 20  # test rows that stay together if not all are taken: often rows of one input or article
 
@@ -142,6 +143,7 @@ TASKS = {
         test_rows=800,
         learning_rates=(1e-2, 1e-1),
         best=100,
+        others=("bleu", "perplexity"),
     ),
     # The model writes the name of the class.
     "banking77_text": Task(
@@ -160,6 +162,7 @@ TASKS = {
         test_rows=400,
         learning_rates=(3e-3, 5e-2),
         best=100,
+        others=("perplexity",),
         folder="banking77",
         neighbours=1,  # they are in the order of their classes
     ),
@@ -400,6 +403,10 @@ def _measure(
                 "search": {str(rate): scores for rate, scores in searched.get((task, method), {}).items()},
                 "scores": [tasks[task].score(metrics) for metrics in found],
                 "scores_before": [tasks[task].score(metrics, "before") for metrics in found],
+                "others": {
+                    name: {when: [metrics[when][name] for metrics in found] for when in ("before", "after")}
+                    for name in tasks[task].others
+                },
                 "trained_parameters": found[0]["trained_parameters"],
                 "deployed_parameters": found[0]["deployed_parameters"],
             }
@@ -415,30 +422,41 @@ def _read_error(task: str, method: str, args: argparse.Namespace) -> str:
 def make_table(rows: list[dict]) -> str:
     """Writes the rows as Markdown: mean ± standard deviation of the seeds, and the worst.
 
-    "head → LoRA" says how much of the way from the score of the head alone to that of LoRA a method goes.
+    "head → LoRA" says how much of the way from the score of the head alone to that of LoRA a method goes. Metrics that
+    are shown besides are means of the seeds.
     """
-    lines = [
-        "| task | method | mean ± std (worst) of seeds | head → LoRA | learning rate | trained | deployed |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    others = list(dict.fromkeys(name for row in rows for name in row.get("others", ())))
+    titles = ["task", "method", "mean ± std (worst) of seeds", "head → LoRA", *others, "learning rate", "trained"]
+    lines = [f"| {' | '.join([*titles, 'deployed'])} |", f"|{'---|' * (len(titles) + 1)}"]
     by_key = {(row["task"], row["method"]): row for row in rows}
     for row in rows:
         name = _full_name(row["method"])
         if "error" in row:
-            lines.append(f"| {row['task']}, {row['metric']} | {name} | {row['error']} | | | | |")
+            lines.append(f"| {row['task']}, {row['metric']} | {name} | {row['error']} |{' |' * (len(titles) - 2)}")
             continue
         scores = row["scores"]
         head, lora = (by_key.get((row["task"], method), {}) for method in ("head", "lora"))
         # If the task has no head to train, the way begins at the score of the untrained model: LoRA's before training.
-        start = head.get("scores") or ("error" in head and lora.get("scores_before"))
+        has_no_head = "error" in head or (not head and lora.get("others"))
+        start = head.get("scores") or (has_no_head and lora.get("scores_before"))
         way = ""
         if start and "scores" in lora and mean(lora["scores"]) != mean(start):
             way = f"{(mean(scores) - mean(start)) / (mean(lora['scores']) - mean(start)):.0%}"
-        lines.append(
-            f"| {row['task']}, {row['metric']} | {name} | {_describe(scores)} of {len(scores)} | {way} | "
-            f"{row['learning_rate']:g} | {row['trained_parameters']:,} | {row['deployed_parameters']:,} |"
-        )
+        beside = [_mean_of(row, other, "after") for other in others]
+        cells = [f"{row['task']}, {row['metric']}", name, f"{_describe(scores)} of {len(scores)}", way, *beside]
+        cells += [f"{row['learning_rate']:g}", f"{row['trained_parameters']:,}", f"{row['deployed_parameters']:,}"]
+        lines.append(f"| {' | '.join(cells)} |")
+        if row["method"] == "lora" and row.get("others"):  # which leaves the model as it is before it is trained
+            beside = [_mean_of(row, other, "before") for other in others]
+            cells = [f"{row['task']}, {row['metric']}", "without training", f"{mean(row['scores_before']):.1%}", ""]
+            lines.append(f"| {' | '.join([*cells, *beside, '', '', ''])} |")
     return "\n".join(lines)
+
+
+def _mean_of(row: dict, name: str, when: str) -> str:
+    """The mean of one of a row's other metrics, `""` if it has none of this name."""
+    values = row.get("others", {}).get(name, {}).get(when)
+    return f"{mean(values):.1f}" if values else ""
 
 
 def make_ablation_table(rows: list[dict]) -> str:

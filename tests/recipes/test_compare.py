@@ -285,6 +285,24 @@ def test_the_table():
     assert "%|" not in compare.make_table(rows).replace(" ", "").splitlines()[2]
 
 
+def test_the_table_of_a_language_model():
+    scores = {"ptuning": [0.3, 0.5], "lora": [0.6, 0.8]}
+    rows = [
+        {"task": "e2e_nlg", "method": method, "metric": "rouge_l", "scores": values, "scores_before": [0.2, 0.2]}
+        | {"learning_rate": 0.03, "trained_parameters": 1234, "deployed_parameters": 567}
+        | {"others": {"bleu": {"before": [5.0, 6.0], "after": [40.0, 43.0 if method == "lora" else 30.0]}}}
+        for method, values in scores.items()
+    ]
+    other = {"task": "sst2", "method": "head", "metric": "accuracy", "error": "no head"}
+    title, _, ours, lora, untrained, failed = compare.make_table([*rows, other]).splitlines()
+    widths = {line.count("|") for line in (title, ours, lora, untrained, failed)}
+    assert len(widths) == 1
+    assert " bleu |" in title
+    assert "| 40% | 35.0 |" in ours  # (40 - 20) / (70 - 20), from the untrained model
+    assert "| 100% | 41.5 |" in lora
+    assert untrained == "| e2e_nlg, rouge_l | without training | 20.0% |  | 5.5 |  |  |  |"
+
+
 def test_committed_tables_are_what_the_committed_numbers_say():
     results = RECIPES / "measure" / "results"
     files = sorted(results.glob("compare*/compare.json"))
