@@ -120,17 +120,18 @@ class PTuningConfig(PeftConfig):
             deviation of the model's own embeddings. `"SAMPLE_VOCAB"`: the embeddings of V random tokens. `"TEXT"`:
             the embeddings of `prompt_tuning_init_text`, repeated or cut to V tokens, no special tokens added.
             `"ADAPTER"`: the trained prompt of another adapter, `prompt_tuning_init_adapter`. With `"DEEP"`, the first
-            three mean the keys and values that the model itself makes of tokens, `"ADAPTER"` those of a deep prompt or
-            those that the model makes of vectors at the input; `"ZERO_VALUES"` takes such keys at random and values of
-            0.
+            three mean the keys and values that the model itself makes of tokens; `"ZERO_VALUES"` takes such keys at
+            random and values of 0. A deep prompt with `"ADAPTER"` starts at another deep one, or at the keys and
+            values that the model makes of a prompt at the input.
         prompt_tuning_init_adapter (`str` or `os.PathLike`, *optional*):
             The adapter of `"ADAPTER"`, a folder or a repository on the Hub: one of this package, or one of stock PEFT,
             `PROMPT_TUNING` or `P_TUNING`, for a deep prompt also `PREFIX_TUNING` or `CARTRIDGE`. Its task may be
-            another; nothing but its prompt is read. It must have V virtual tokens of the model's sizes, and for
-            `"INPUT"` this depth. A deep prompt that starts at vectors of a causal decoder's input computes what they
-            did. Models with a learned vector for each position (GPT-2, OPT) need `shift_positions=True` for that.
-            Like the tokenizer, the adapter is only used for a config that the caller has made: a config that comes
-            from a file never makes anything fetch or read another adapter.
+            another; nothing but its prompt is read. It must have V virtual tokens of the model's sizes. With
+            `"INPUT"`, its prompt must be at the input, too. A deep prompt that starts at the vectors of a causal
+            decoder's input computes at first what they did. Some models, such as GPT-2, OPT and GPT-J, need
+            `shift_positions=True` for that; with it, all do. Like the tokenizer, the adapter is only used for a config
+            that the caller has made: a config that comes from a file never makes anything fetch or read another
+            adapter.
         prompt_tuning_init_text (`str`, *optional*):
             The text of `"TEXT"`.
         tokenizer_name_or_path (`str` or [`~transformers.PreTrainedTokenizerBase`], *optional*):

@@ -60,7 +60,8 @@ def find_deep_start(model: nn.Module, backbone: Backbone, config: PTuningConfig)
     vocabulary = table_of(model.get_submodule(backbone.embedding_path)).num_embeddings
     if _is_of_tokens(config):
         ids, first_position = token_ids(config, vocabulary), _first_position(backbone, config)
-        _check_tokens(stacks, ids)
+        advice = "Choose a smaller `num_virtual_tokens` or prompt_tuning_init='RANDOM'."
+        _check_length(stacks, f"A deep prompt that starts at tokens is {len(ids)} of them here", len(ids), advice)
     else:
         limits = [limit for each in stacks if (limit := max_positions(each)) is not None]
         ids, first_position = spread_ids(vocabulary, min([STATES_SAMPLE, *limits])), 0
@@ -86,9 +87,11 @@ def states_of_vectors(model: nn.Module, backbone: Backbone, config: PTuningConfi
         `dict[int, tuple]`: Keys and values by layer, each (1, key-value heads, V, D).
 
     Raises:
-        ValueError: The model can't read V tokens.
+        ValueError: The model can't read V vectors.
     """
-    _check_tokens(_stacks(model, backbone, config), vectors)
+    what = f"The prompt at which a deep one starts has {len(vectors)} vectors"
+    advice = "Start at a shorter prompt, or choose prompt_tuning_init='RANDOM'."
+    _check_length(_stacks(model, backbone, config), what, len(vectors), advice)
     stack = model.get_submodule(backbone.name)
     table = table_of(model.get_submodule(backbone.embedding_path)).weight
     vectors = vectors.to(table.dtype if table.is_floating_point() else stack.dtype)
@@ -106,14 +109,11 @@ def _is_of_tokens(config: PTuningConfig) -> bool:
     return starts_at_tokens(config) and not config._from_file
 
 
-def _check_tokens(stacks: list[nn.Module], tokens: torch.Tensor) -> None:
-    """Refuses to start at more tokens, ids (V,) or vectors (V, H), than the model can read."""
+def _check_length(stacks: list[nn.Module], what: str, length: int, advice: str) -> None:
+    """Refuses a start that is longer than what the model can read."""
     for stack in stacks:
-        if (limit := max_positions(stack)) is not None and len(tokens) > limit:
-            raise ValueError(
-                f"A deep prompt that starts at tokens is {len(tokens)} of them here, and {type(stack).__name__} can "
-                f"read {limit}. Choose a smaller `num_virtual_tokens` or prompt_tuning_init='RANDOM'."
-            )
+        if (limit := max_positions(stack)) is not None and length > limit:
+            raise ValueError(f"{what}, and {type(stack).__name__} can read {limit}. {advice}")
 
 
 def _first_position(backbone: Backbone, config: PTuningConfig) -> int:

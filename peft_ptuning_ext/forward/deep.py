@@ -207,7 +207,7 @@ def measure(
 def _pass_of(
     stack: PreTrainedModel, backbone: Backbone, tokens: torch.Tensor, first_position: int = 0
 ) -> tuple[States, dict[int, nn.Module]]:
-    """[`measure`] of a stack that may not record, which raises [`NotRecorded`]."""
+    """As [`measure`], but raises [`NotRecorded`] where the pass can't be recorded."""
     # A copy of vectors, because there are models that scale their embeddings in place.
     tokens = tokens[None].to(device_of(stack, backbone), copy=True)
     given = {"inputs_embeds" if tokens.is_floating_point() else "input_ids": tokens}

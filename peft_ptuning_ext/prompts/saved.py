@@ -56,6 +56,11 @@ def load_prompt(config: PTuningConfig, width: int, shapes: Optional[Shapes] = No
             f"`prompt_depth` is 'INPUT', and the prompt of {model_id}, at which `prompt_tuning_init_adapter` starts, "
             "is 'DEEP': no vectors at the input compute what its keys and values do. Choose prompt_depth='DEEP'."
         )
+    if config.is_deep and depth is PromptDepth.INPUT and getattr(saved, "prompt_template", None) is not None:
+        raise ValueError(
+            f"The vectors of {model_id}, at which `prompt_tuning_init_adapter` starts, stand where its template says. "
+            "Their keys and values depend on the text in front of them, so no deep prompt can start there."
+        )
     if depth is PromptDepth.INPUT and config.is_in_decoder:
         raise ValueError(
             f"`prompt_stacks` is {config.prompt_stacks.value!r}, and the prompt of {model_id}, at which "

@@ -46,7 +46,7 @@ RESERVED = [
 ]
 # The token of byte 255 in a vocabulary that has all bytes. UTF-8 never has this byte, so no text yields the token.
 UNREACHABLE = "ÿ"
-# StarCoder and SmolLM have read it in notebooks, in the place of an output that a cell does not have.
+# SmolLM has it in notebooks only, in the place of an output that a cell does not have.
 EMPTY_OUTPUT = "<empty_output>"
 # Stands for a slot in a text, where the tokenizer does not find the placeholder in one.
 MARKER = "<|slot of a prompt template|>"

@@ -81,7 +81,13 @@ METHODS = {
     ),
     "ptuning_unfolded": Method(
         "this package, at the input, then deep",
-        {"method": "ptuning", "depth": "DEEP", "encoder": "NONE", "prompt_tuning_init": "ADAPTER"},
+        {
+            "method": "ptuning",
+            "depth": "DEEP",
+            "encoder": "NONE",
+            "shift_positions": True,
+            "prompt_tuning_init": "ADAPTER",
+        },
         first="ptuning",
     ),
     "peft_ptuning": Method("PEFT P-tuning", {"method": "peft_ptuning"}),
@@ -407,6 +413,7 @@ def _measure(
                     name: {when: [metrics[when][name] for metrics in found] for when in ("before", "after")}
                     for name in tasks[task].others
                 },
+                "has_head": tasks[task].recipe != "causal_lm",
                 "trained_parameters": found[0]["trained_parameters"],
                 "deployed_parameters": found[0]["deployed_parameters"],
             }
@@ -437,7 +444,7 @@ def make_table(rows: list[dict]) -> str:
         scores = row["scores"]
         head, lora = (by_key.get((row["task"], method), {}) for method in ("head", "lora"))
         # If the task has no head to train, the way begins at the score of the untrained model: LoRA's before training.
-        has_no_head = "error" in head or (not head and lora.get("others"))
+        has_no_head = "error" in head or not lora.get("has_head", True)
         start = head.get("scores") or (has_no_head and lora.get("scores_before"))
         way = ""
         if start and "scores" in lora and mean(lora["scores"]) != mean(start):
@@ -446,7 +453,7 @@ def make_table(rows: list[dict]) -> str:
         cells = [f"{row['task']}, {row['metric']}", name, f"{_describe(scores)} of {len(scores)}", way, *beside]
         cells += [f"{row['learning_rate']:g}", f"{row['trained_parameters']:,}", f"{row['deployed_parameters']:,}"]
         lines.append(f"| {' | '.join(cells)} |")
-        if row["method"] == "lora" and row.get("others"):  # which leaves the model as it is before it is trained
+        if row["method"] == "lora" and not row.get("has_head", True):  # before training, LoRA changes nothing
             beside = [_mean_of(row, other, "before") for other in others]
             cells = [f"{row['task']}, {row['metric']}", "without training", f"{mean(row['scores_before']):.1%}", ""]
             lines.append(f"| {' | '.join([*cells, *beside, '', '', ''])} |")

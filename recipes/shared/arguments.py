@@ -67,6 +67,10 @@ class MethodArguments:
             "in every layer. Default: that of the recipe."
         },
     )
+    shift_positions: bool = field(
+        default=False,
+        metadata={"help": "With DEEP, the text's positions begin behind the prompt, as those behind vectors do."},
+    )
     encoder: Literal["NONE", "MLP", "LSTM", "RESIDUAL"] | None = field(
         default=None,
         metadata={"help": "Network that produces the prompt. Default: NONE (no network); for peft_ptuning: MLP."},

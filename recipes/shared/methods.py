@@ -88,6 +88,7 @@ def _make_config(args: MethodArguments, task_type: str, tokenizer: PreTrainedTok
         return PTuningConfig(
             **prompt,
             prompt_depth=args.depth,
+            shift_positions=args.shift_positions,
             encoder_reparameterization_type=args.encoder,
             encoder_dropout=args.encoder_dropout,
             prompt_tuning_init=args.prompt_tuning_init,
@@ -96,7 +97,7 @@ def _make_config(args: MethodArguments, task_type: str, tokenizer: PreTrainedTok
             tokenizer_name_or_path=tokenizer if args.prompt_tuning_init == "TEXT" else None,
         )
     starts = ("prompt_tuning_init", "prompt_tuning_init_text", "prompt_tuning_init_adapter")
-    options = ("depth", "encoder", "encoder_dropout", *starts)
+    options = ("depth", "shift_positions", "encoder", "encoder_dropout", *starts)
     given = [name for name in options if getattr(args, name) != getattr(MethodArguments, name)]
     if args.method == "peft_ptuning":
         encoder = args.encoder or "MLP"

@@ -388,6 +388,21 @@ def test_vectors_at_the_input_are_no_start_for_a_decoder(stacks: str, tmp_path) 
     assert _started_at(source, tmp_path, "T5", "SEQ_2_SEQ_LM").peft_config["default"].is_deep
 
 
+def test_vectors_that_depend_on_the_text_are_no_start(tmp_path) -> None:
+    template = PromptTemplate("{text} {prompt:5}", placeholder="<slot>", placeholder_id=4)
+    source = make_adapted("Llama", "CAUSAL_LM", length=V, prompt_template=template)
+    with pytest.raises(ValueError, match="stand where its template says. .*no deep prompt can start there"):
+        _started_at(source, tmp_path, "Llama", "CAUSAL_LM")
+
+
+def test_a_start_at_more_vectors_than_the_model_reads(tmp_path) -> None:
+    source, sizes = make_adapted("BERT", "SEQ_CLS", length=40), {"max_position_embeddings": 39}
+    with pytest.raises(
+        ValueError, match="starts has 40 vectors, and BertModel can read 39. Start at a shorter prompt"
+    ):
+        _started_at(source, tmp_path, "BERT", "SEQ_CLS", length=40, sizes=sizes)
+
+
 def test_a_start_at_more_tokens_than_the_model_reads() -> None:
     with pytest.raises(ValueError, match="starts at tokens is 65 of them here, and BertModel can read 64"):
         make_deep("BERT", "SEQ_CLS", length=65, prompt_tuning_init="SAMPLE_VOCAB")

@@ -289,7 +289,7 @@ def test_the_table_of_a_language_model():
     scores = {"ptuning": [0.3, 0.5], "lora": [0.6, 0.8]}
     rows = [
         {"task": "e2e_nlg", "method": method, "metric": "rouge_l", "scores": values, "scores_before": [0.2, 0.2]}
-        | {"learning_rate": 0.03, "trained_parameters": 1234, "deployed_parameters": 567}
+        | {"learning_rate": 0.03, "trained_parameters": 1234, "deployed_parameters": 567, "has_head": False}
         | {"others": {"bleu": {"before": [5.0, 6.0], "after": [40.0, 43.0 if method == "lora" else 30.0]}}}
         for method, values in scores.items()
     ]
