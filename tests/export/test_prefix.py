@@ -320,7 +320,7 @@ def test_a_deep_prompt_starts_at_a_stock_prefix(config_class, encoder, tmp_path)
     start = {"prompt_tuning_init": "ADAPTER", "prompt_tuning_init_adapter": str(tmp_path)}
     model = make_deep("Llama", "CAUSAL_LM", encoder_reparameterization_type=encoder, **start)
     torch.testing.assert_close(out(model, batch), out(stock, batch), **ROUNDS)
-    with pytest.raises(ValueError, match="`prompt_depth` is 'INPUT', and the prompt of .* has 'DEEP'"):
+    with pytest.raises(ValueError, match="`prompt_depth` is 'INPUT', and the prompt of .* is 'DEEP'"):
         make_adapted(**start)
     with pytest.raises(ValueError, match=f"`num_virtual_tokens` is 4, and the prompt of .* has {V}"):
         get_peft_model(
