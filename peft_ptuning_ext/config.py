@@ -129,9 +129,9 @@ class PTuningConfig(PeftConfig):
             another; nothing but its prompt is read. It must have V virtual tokens of the model's sizes. With
             `"INPUT"`, its prompt must be at the input, too. A deep prompt that starts at the vectors of a causal
             decoder's input computes at first what they did. Some models, such as GPT-2, OPT and GPT-J, need
-            `shift_positions=True` for that; with it, all do. Like the tokenizer, the adapter is only used for a config
-            that the caller has made: a config that comes from a file never makes anything fetch or read another
-            adapter.
+            `shift_positions=True` for that; with it, all tested families do (docs/guarantees.md). Like the tokenizer,
+            the adapter is only used for a config that the caller has made: a config that comes from a file never makes
+            anything fetch or read another adapter.
         prompt_tuning_init_text (`str`, *optional*):
             The text of `"TEXT"`.
         tokenizer_name_or_path (`str` or [`~transformers.PreTrainedTokenizerBase`], *optional*):

@@ -254,10 +254,6 @@ def write_results(scores: dict[str, list[float]], task: Task) -> str:
     return "\n".join(lines)
 
 
-def _find_language_model(few: FewShotArguments) -> str:
-    return find_model(few.language_model) if few.language_model else find_language_model()
-
-
 def main(argv: list[str] | None = None) -> None:
     dataclasses = [ModelArguments, DataArguments, FewShotArguments, TrainingArguments]
     model_args, data_args, few, training = parse_arguments(dataclasses, TRAINING_DEFAULTS, argv)
@@ -271,9 +267,11 @@ def main(argv: list[str] | None = None) -> None:
     if is_default:
         data = DatasetDict({split: rows.filter(lambda row: row["label"] in LABELS) for split, rows in data.items()})
     data, labels = number_labels(data, few.text_column, few.label_column)
+    reads_words = {"template_cloze", "zero_shot"} & {*names}
+    language_model = find_model(few.language_model or find_language_model()) if reads_words else None
     task = Task(
         encoder=find_model(model_args.model_name_or_path or find_packaged_encoder()),
-        language_model=_find_language_model(few) if {"template_cloze", "zero_shot"} & {*names} else None,
+        language_model=language_model,
         labels=labels,
         few=few,
         training=training,

@@ -212,7 +212,7 @@ def _pass_of(
     tokens = tokens[None].to(device_of(stack, backbone), copy=True)
     given = {"inputs_embeds" if tokens.is_floating_point() else "input_ids": tokens}
     if not tokens.is_meta:  # there, transformers can't look whether a mask hides anything
-        given["attention_mask"] = torch.ones_like(tokens[..., 0] if tokens.dim() == 3 else tokens, dtype=torch.long)
+        given["attention_mask"] = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
     if first_position:
         given["position_ids"] = torch.arange(tokens.shape[1], device=tokens.device)[None] + first_position
     with torch.no_grad(), in_evaluation(stack), gather_params_ctx(stack.parameters()):

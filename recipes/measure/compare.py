@@ -27,7 +27,7 @@ import random
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -279,18 +279,12 @@ def _train_in_turn(run: Run, task: Task, args: argparse.Namespace) -> str | None
     if reason is not None:
         return reason
     # Other batches than those that the first half began with.
-    second = {"prompt_tuning_init_adapter": start, "data_seed": 1000 + run.seed}
-    return _run_recipe(run, task, args, method, folder, steps - half, second)
+    second = method.options | {"prompt_tuning_init_adapter": start, "data_seed": 1000 + run.seed}
+    return _run_recipe(run, task, args, replace(method, options=second), folder, steps - half)
 
 
 def _run_recipe(
-    run: Run,
-    task: Task,
-    args: argparse.Namespace,
-    method: Method,
-    folder: Path,
-    steps: int,
-    second: dict | None = None,
+    run: Run, task: Task, args: argparse.Namespace, method: Method, folder: Path, steps: int
 ) -> str | None:
     """Runs a recipe in a process of its own. Returns the reason if it fails."""
     files, prefix = Path(args.output_dir) / run.task, "search_" if run.is_search else ""
@@ -311,7 +305,6 @@ def _run_recipe(
         "disable_tqdm": True,
         **task.options,
         **method.options,
-        **(second or {}),
     }
     if args.model_name_or_path:
         options["model_name_or_path"] = args.model_name_or_path
