@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # they take longer to import than all of this package
 
 # Learning rates at which prompts without a network learn, by whether they are deep, in units of the RMS of the numbers
 # that they start at: Adam moves a number by about the rate in a step, whatever the gradient.
-RATES = {False: (0.1, 1), True: (0.02, 0.2)}
+RATES = {False: (0.2, 2), True: (0.02, 0.2)}
 MIN_SHIFT = 0.01
 MIN_EFFECT = 0.001
 

@@ -460,5 +460,5 @@ def test_advice_is_in_units_of_where_the_prompt_started(tmp_path) -> None:
         next(p for n, p in trainer.model.named_parameters() if "ptuning_encoders" in n).mul_(100)
     rms = trainer.model.prompt_embeddings().square().mean().sqrt().item()
     PromptMonitor.watch(trainer, patience=2)
-    with pytest.warns(UserWarning, match=re.escape(f"here {0.1 * rms:.1g} to {rms:.1g} ")):
+    with pytest.warns(UserWarning, match=re.escape(f"here {0.2 * rms:.1g} to {2 * rms:.1g} ")):
         trainer.train()

@@ -53,7 +53,8 @@ def find_deep_start(model: nn.Module, backbone: Backbone, config: PTuningConfig)
         config ([`PTuningConfig`]): The config of the new adapter.
 
     Raises:
-        ValueError: The model's attention can't be given keys and values, or the text of the start has no tokens.
+        ValueError: The model's attention can't be given keys and values, the text of the start has no tokens, or what
+            the model makes of the tokens is NaN or infinite.
     """
     stacks = _stacks(model, backbone, config)
     stack = model.get_submodule(backbone.name)
@@ -71,6 +72,8 @@ def find_deep_start(model: nn.Module, backbone: Backbone, config: PTuningConfig)
     if config.is_in_decoder:
         decoder = model.get_submodule(backbone.decoder)
         measured = measured | deep_decoder.measure(stack, decoder, ids, first_position)
+    if not config._from_file:
+        _check_finite(stack, measured)
     return DeepStart(config, measured, modules)
 
 
@@ -87,7 +90,7 @@ def states_of_vectors(model: nn.Module, backbone: Backbone, config: PTuningConfi
         `dict[int, tuple]`: Keys and values by layer, each (1, key-value heads, V, D).
 
     Raises:
-        ValueError: The model can't read V vectors.
+        ValueError: The model can't read V vectors, or what it makes of them is NaN or infinite.
     """
     what = f"The prompt at which a deep one starts has {len(vectors)} vectors"
     advice = "Start at a shorter prompt, or choose prompt_tuning_init='RANDOM'."
@@ -95,7 +98,9 @@ def states_of_vectors(model: nn.Module, backbone: Backbone, config: PTuningConfi
     stack = model.get_submodule(backbone.name)
     table = table_of(model.get_submodule(backbone.embedding_path)).weight
     vectors = vectors.to(table.dtype if table.is_floating_point() else stack.dtype)
-    return deep.measure(stack, backbone, vectors, _first_position(backbone, config))[0]
+    states = deep.measure(stack, backbone, vectors, _first_position(backbone, config))[0]
+    _check_finite(stack, states)
+    return states
 
 
 def _stacks(model: nn.Module, backbone: Backbone, config: PTuningConfig) -> list[nn.Module]:
@@ -114,6 +119,17 @@ def _check_length(stacks: list[nn.Module], what: str, length: int, advice: str) 
     for stack in stacks:
         if (limit := max_positions(stack)) is not None and length > limit:
             raise ValueError(f"{what}, and {type(stack).__name__} can read {limit}. {advice}")
+
+
+def _check_finite(stack: nn.Module, states: States) -> None:
+    """Refuses a start that is NaN or infinite, as half precision makes it where numbers are too large for it."""
+    found = [state for pair in states.values() for state in pair if not state.is_meta]
+    if not all(state.isfinite().all() for state in found):
+        raise ValueError(
+            f"{type(stack).__name__} in {stack.dtype} makes keys and values that are NaN or infinite of what a deep "
+            "prompt starts at. A model in float16 should be loaded in bfloat16 or float32. In other formats, look for "
+            "such values in the model's weights."
+        )
 
 
 def _first_position(backbone: Backbone, config: PTuningConfig) -> int:

@@ -395,6 +395,32 @@ def test_vectors_that_depend_on_the_text_are_no_start(tmp_path) -> None:
         _started_at(source, tmp_path, "Llama", "CAUSAL_LM")
 
 
+def test_a_start_that_half_precision_can_not_hold(tmp_path) -> None:
+    source = make_adapted("Llama", "CAUSAL_LM")
+    with torch.no_grad():
+        next(p for name, p in source.named_parameters() if "ptuning_" in name).fill_(1e5)
+    source.save_pretrained(tmp_path)
+    start = {"prompt_tuning_init": "ADAPTER", "prompt_tuning_init_adapter": tmp_path}
+    base = make_model("Llama", "CAUSAL_LM").half()
+    message = "LlamaModel in torch.float16 makes keys and values that are NaN or infinite"
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(base, make_config("CAUSAL_LM", **DEEP, **start))
+    assert not any(isinstance(module, PTuningLayer) for module in base.modules())
+    get_peft_model(base.float(), make_config("CAUSAL_LM", **DEEP, **start))
+
+
+@pytest.mark.parametrize("start", ["RANDOM", "SAMPLE_VOCAB"])
+def test_a_model_that_is_not_finite_gives_no_start(start: str, tmp_path) -> None:
+    base = make_model("BERT", "SEQ_CLS")
+    with torch.no_grad():
+        base.bert.encoder.layer[1].attention.self.key.weight.fill_(float("nan"))
+    config = make_config("SEQ_CLS", **DEEP, prompt_tuning_init=start)
+    with pytest.raises(ValueError, match="BertModel in torch.float32 makes keys and values that are NaN or infinite"):
+        get_peft_model(base, config)
+    make_deep().save_pretrained(tmp_path)
+    PeftModel.from_pretrained(base, tmp_path)  # its values come from the file
+
+
 def test_a_start_at_more_vectors_than_the_model_reads(tmp_path) -> None:
     source, sizes = make_adapted("BERT", "SEQ_CLS", length=40), {"max_position_embeddings": 39}
     with pytest.raises(
