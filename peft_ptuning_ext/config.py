@@ -98,8 +98,8 @@ class PTuningConfig(PeftConfig):
             encoder-decoder keeps its own positions.
         encoder_reparameterization_type (`PromptEncoderType` or `str`, *optional*):
             What the trainable parameters go through to become the prompt. `"NONE"`: nothing, they are the prompt. A
-            learning rate for them is relative to their scale: with Adam about the RMS of the model's embeddings, of a
-            deep prompt 0.05 times that of its keys and values.
+            learning rate for them is relative to their scale: with Adam about half the RMS of the model's embeddings,
+            of a deep prompt 0.05 times that of its keys and values.
             `"MLP"`: a perceptron, as in PEFT. `"LSTM"`: a bidirectional LSTM and a perceptron, as in the P-tuning
             paper (section 3.2) and PEFT. `"RESIDUAL"`: a bottleneck with LayerNorm and a skip connection, shared by
             the V vectors, as in Residual Prompt Tuning (Razdaibiedina et al., 2023,
