@@ -12,6 +12,7 @@ from statistics import mean, stdev
 from types import SimpleNamespace
 
 import compare
+import compare_report
 import evaluate
 import pytest
 import torch
@@ -270,7 +271,7 @@ def test_the_table():
         | {"trained_parameters": 1234, "deployed_parameters": 567}
         for method, values in scores.items()
     ]
-    table = compare.make_table(rows).splitlines()
+    table = compare_report.make_table(rows).splitlines()
     assert len(table) == 5
     cells = [cell.strip() for cell in table[2].split("|")[1:-1]]
     spread = stdev(scores["ptuning"])
@@ -280,9 +281,9 @@ def test_the_table():
 
     rows[1]["scores_before"] = [0.4, 0.4]
     rows[2] = {"task": "sst2", "method": "head", "metric": "accuracy", "error": "no head"}
-    assert "| 70% |" in compare.make_table(rows).splitlines()[2]  # (75 - 40) / (90 - 40)
+    assert "| 70% |" in compare_report.make_table(rows).splitlines()[2]  # (75 - 40) / (90 - 40)
     del rows[2]
-    assert "%|" not in compare.make_table(rows).replace(" ", "").splitlines()[2]
+    assert "%|" not in compare_report.make_table(rows).replace(" ", "").splitlines()[2]
 
 
 def test_the_table_of_a_language_model():
@@ -294,7 +295,7 @@ def test_the_table_of_a_language_model():
         for method, values in scores.items()
     ]
     other = {"task": "sst2", "method": "head", "metric": "accuracy", "error": "no head"}
-    title, _, ours, lora, untrained, failed = compare.make_table([*rows, other]).splitlines()
+    title, _, ours, lora, untrained, failed = compare_report.make_table([*rows, other]).splitlines()
     widths = {line.count("|") for line in (title, ours, lora, untrained, failed)}
     assert len(widths) == 1
     assert " bleu |" in title
@@ -308,10 +309,10 @@ def test_committed_tables_are_what_the_committed_numbers_say():
     files = sorted(results.glob("compare*/compare.json"))
     assert len(files) == 3
     for file in files:
-        table = compare.make_table(json.loads(file.read_text(encoding="utf-8")))
+        table = compare_report.make_table(json.loads(file.read_text(encoding="utf-8")))
         assert table + "\n" == file.with_suffix(".md").read_text(encoding="utf-8")
     file = results / "compare" / "ablation.json"
-    table = compare.make_ablation_table(json.loads(file.read_text(encoding="utf-8")))
+    table = compare_report.make_ablation_table(json.loads(file.read_text(encoding="utf-8")))
     assert table + "\n" == file.with_suffix(".md").read_text(encoding="utf-8")
 
 
