@@ -253,7 +253,7 @@ def test_the_measurements_are_those_in_the_results() -> None:
         medians = [row.split("|")[column].split()[0] for row in rows]
         assert f"| {' | '.join(medians)} |" in text
     compared = [*results("compare*/compare.md"), *results("compare/ablation.md")]
-    assert len(compared) == 4
+    assert len(compared) == 5
     compared += (many := results("many*/many.md"))
     assert len(many) == 2
     compared += (banks := results("bank/bank.md"))
