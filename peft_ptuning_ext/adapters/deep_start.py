@@ -72,7 +72,7 @@ def find_deep_start(model: nn.Module, backbone: Backbone, config: PTuningConfig)
     if config.is_in_decoder:
         decoder = model.get_submodule(backbone.decoder)
         measured = measured | deep_decoder.measure(stack, decoder, ids, first_position)
-    if not config._from_file:
+    if config.prompt_tuning_init != PromptInit.ADAPTER and not config._from_file:  # it starts at what was measured
         _check_finite(stack, measured)
     return DeepStart(config, measured, modules)
 
@@ -122,13 +122,13 @@ def _check_length(stacks: list[nn.Module], what: str, length: int, advice: str) 
 
 
 def _check_finite(stack: nn.Module, states: States) -> None:
-    """Refuses a start that is NaN or infinite, as half precision makes it where numbers are too large for it."""
+    """Refuses a start that is NaN or infinite. A model in float16 makes such numbers where they exceed 65,504."""
     found = [state for pair in states.values() for state in pair if not state.is_meta]
     if not all(state.isfinite().all() for state in found):
         raise ValueError(
-            f"{type(stack).__name__} in {stack.dtype} makes keys and values that are NaN or infinite of what a deep "
-            "prompt starts at. A model in float16 should be loaded in bfloat16 or float32. In other formats, look for "
-            "such values in the model's weights."
+            f"{type(stack).__name__} in {stack.dtype} gives the deep prompt keys and values to start at, and some of "
+            "them are NaN or infinite. If the model is in float16, load it in bfloat16 or float32. Otherwise look for "
+            "NaN and infinite values in its weights."
         )
 
 

@@ -402,7 +402,7 @@ def test_a_start_that_half_precision_can_not_hold(tmp_path) -> None:
     source.save_pretrained(tmp_path)
     start = {"prompt_tuning_init": "ADAPTER", "prompt_tuning_init_adapter": tmp_path}
     base = make_model("Llama", "CAUSAL_LM").half()
-    message = "LlamaModel in torch.float16 makes keys and values that are NaN or infinite"
+    message = "LlamaModel in torch.float16 gives the deep prompt keys and values .* NaN or infinite"
     with pytest.raises(ValueError, match=message):
         get_peft_model(base, make_config("CAUSAL_LM", **DEEP, **start))
     assert not any(isinstance(module, PTuningLayer) for module in base.modules())
@@ -415,10 +415,14 @@ def test_a_model_that_is_not_finite_gives_no_start(start: str, tmp_path) -> None
     with torch.no_grad():
         base.bert.encoder.layer[1].attention.self.key.weight.fill_(float("nan"))
     config = make_config("SEQ_CLS", **DEEP, prompt_tuning_init=start)
-    with pytest.raises(ValueError, match="BertModel in torch.float32 makes keys and values that are NaN or infinite"):
+    with pytest.raises(ValueError, match="BertModel in torch.float32 gives the deep prompt .* NaN or infinite"):
         get_peft_model(base, config)
+    # The values of these come from a file, and not from the model.
     make_deep().save_pretrained(tmp_path)
-    PeftModel.from_pretrained(base, tmp_path)  # its values come from the file
+    saved = {"prompt_tuning_init": "ADAPTER", "prompt_tuning_init_adapter": tmp_path}
+    model = get_peft_model(base, make_config("SEQ_CLS", **DEEP, **saved))
+    assert all(state.isfinite().all() for pair in model.prompt_key_values().values() for state in pair)
+    PeftModel.from_pretrained(model.unload(), tmp_path)
 
 
 def test_a_start_at_more_vectors_than_the_model_reads(tmp_path) -> None:
