@@ -99,8 +99,11 @@ class Task:
     args: ContextArguments
 
 
-def prepare(model_args: ModelArguments, args: ContextArguments, batch_size: int, folder: Path) -> Task:
+def prepare(model_args: ModelArguments, args: ContextArguments, training: TrainingArguments) -> Task:
     """Checks everything that is given, and lets the teacher answer all inputs, or finds its answers in the cache.
+
+    The model is then on the device of the training, in the number format `args.dtype`, which is chosen here if it is
+    `None`.
 
     Raises:
         ValueError: The context or the inputs are bad, or do not fit into the model.
@@ -114,16 +117,19 @@ def prepare(model_args: ModelArguments, args: ContextArguments, batch_size: int,
     tokenizer = load_tokenizer(name, config, padding_side="left")
     frame = make_frame(tokenizer, context, args)
     length = check_positions(inputs, frame, tokenizer, config, args)
+    args.dtype = args.dtype or fast_dtype(training.device)
     model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=getattr(torch, args.dtype))
+    model.to(training.device)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0  # in frozen layers, dropout only adds noise
     model.accepts_loss_kwargs = False  # Trainer then divides the loss by `gradient_accumulation_steps`
     teacher = _with_prompt(model, tokenizer, frame, "INPUT", length)
     if inputs is None:
-        inputs = sample_inputs(teacher, tokenizer, frame, args, batch_size, folder)
+        inputs = sample_inputs(teacher, tokenizer, frame, args, training)
     print(f"The context has {length} tokens. The model that reads it answers {inputs.num_rows} inputs, once.")
     ask = Teacher(teacher, tokenizer, frame, args)
+    batch_size = training.per_device_eval_batch_size
     data = inputs.map(ask, batched=True, batch_size=batch_size, desc="The teacher answers")
     return Task(teacher.unload(), tokenizer, frame, length, data, args)
 
@@ -141,8 +147,17 @@ def _with_prompt(model: nn.Module, tokenizer, frame: Frame, depth: str, length: 
     return get_peft_model(model, config)
 
 
+def fast_dtype(device: torch.device) -> str:
+    """The number format for frozen weights: bfloat16, or float32 on a CPU that can't multiply bfloat16.
+
+    Without AVX-512, an x86 CPU multiplies matrices in bfloat16 many times as slowly as in float32.
+    """
+    is_slow = device.type == "cpu" and torch.backends.cpu.get_cpu_capability() in ("NO AVX", "AVX2")
+    return "float32" if is_slow else "bfloat16"
+
+
 def sample_inputs(
-    model: PeftModel, tokenizer, frame: Frame, args: ContextArguments, batch_size: int, folder: Path
+    model: PeftModel, tokenizer, frame: Frame, args: ContextArguments, training: TrainingArguments
 ) -> DatasetDict:
     """Returns inputs that the model itself has written behind the context, a fifth of them to be measured.
 
@@ -154,7 +169,7 @@ def sample_inputs(
     if not start:
         raise ValueError("Nothing stands between context and input, so no input can be made up: pass `--inputs_file`.")
     stop = "\n" if frame.behind.startswith("\n") else None
-    texts = {}
+    texts, batch_size, folder = {}, training.per_device_eval_batch_size, Path(training.output_dir)
     for _ in range(-(-args.sampled_inputs // batch_size)):
         options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "max_new_tokens": args.max_input_tokens}
         answers = write_answers(model, tokenizer, [start] * batch_size, stop, **options)
@@ -348,7 +363,7 @@ def main(argv: list[str] | None = None) -> None:
     model_args, args, training = parse_arguments(dataclasses, TRAINING_DEFAULTS, argv)
     batch_size, folder = training.per_device_eval_batch_size, Path(training.output_dir)
     checkpoint = find_checkpoint(training)
-    task = prepare(model_args, args, batch_size, folder)
+    task = prepare(model_args, args, training)
     metrics = measure_without(task, batch_size)
     trainer = train_prompt(task, training)
     metrics["start"], first = measure(trainer.model, task, batch_size, [])

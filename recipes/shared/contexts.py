@@ -64,8 +64,12 @@ class ContextArguments:
             "each layer, which start at the context's own."
         },
     )
-    dtype: Literal["float32", "bfloat16", "float16"] = field(
-        default="bfloat16", metadata={"help": "Number format of the frozen weights."}
+    dtype: Literal["float32", "bfloat16", "float16"] | None = field(
+        default=None,
+        metadata={
+            "help": "Number format of the frozen weights. Default: bfloat16, or float32 on an x86 CPU without "
+            "AVX-512, which has no fast products in bfloat16."
+        },
     )
 
 

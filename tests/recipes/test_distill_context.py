@@ -22,7 +22,7 @@ from shared.contexts import ContextArguments, Frame, make_frame
 from shared.small_models import Pretraining
 from shared.teacher import DistillationCollator, Teacher
 from tiny_recipes import FILES, RECIPES, read_metrics, read_rows, run, write_rows
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 
 LAYERS, V = 2, 4
@@ -79,7 +79,8 @@ RUN = {
 def prepare(tiny: dict, folder: Path, **changes) -> distill_context.Task:
     arguments = {**tiny, **changes}
     model = ModelArguments(arguments.pop("model_name_or_path"))
-    return distill_context.prepare(model, ContextArguments(**arguments), 2, folder)
+    training = TrainingArguments(str(folder), per_device_eval_batch_size=2, use_cpu=True)
+    return distill_context.prepare(model, ContextArguments(**arguments), training)
 
 
 def vocabulary(tiny: dict) -> int:
@@ -274,6 +275,23 @@ def test_accumulated_steps_are_those_of_a_larger_batch(tiny, tmp_path):
     whole, accumulated, start = prompts
     assert (whole - start).norm() > 1e-3
     assert (accumulated - whole).norm() < 0.01 * (whole - start).norm()
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [("AVX2", torch.float32), ("AVX512", torch.bfloat16)])
+def test_the_number_format_is_one_that_the_machine_multiplies_fast(capability, dtype, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    task = prepare(tiny, tmp_path, dtype=None)
+    assert task.model.dtype == getattr(torch, task.args.dtype) == dtype
+    assert prepare(tiny, tmp_path, dtype="float16").model.dtype == torch.float16
+    assert distill_context.fast_dtype(torch.device("cuda")) == "bfloat16"
+
+
+def test_the_teacher_answers_where_training_will_be(tiny, tmp_path, monkeypatch):
+    # A machine without a GPU has one other device, whose tensors hold no numbers.
+    monkeypatch.setattr(TrainingArguments, "device", torch.device("meta"))
+    monkeypatch.setattr(Teacher, "__init__", lambda self, model, *_: pytest.fail(f"asked on {model.device}"))
+    with pytest.raises(pytest.fail.Exception, match="asked on meta"):
+        prepare(tiny, tmp_path)
 
 
 def test_the_teacher_answers_once(tiny, tmp_path, monkeypatch):
