@@ -202,6 +202,10 @@ def find_backbone(model: nn.Module) -> Backbone:
         raise _refusal(backbone, RECURRENT)  # since transformers 5.24, its state is passed as `cache`, too
     if getattr(backbone.config, "token_dropout", False):
         raise _refusal(backbone, "`token_dropout` of its config rescales the embeddings of token ids only")
+    if backbone.config.model_type == "esm" and (
+        backbone.config.position_embedding_type != "rotary" or backbone.config.emb_layer_norm_before
+    ):
+        raise _refusal(backbone, "it gives positions and a layer norm to the embeddings of token ids only")
     for parameter, reason in REFUSED_PARAMETERS.items():
         # Gemma 4 takes such inputs only if its config gives them a width.
         is_unused = parameter == "per_layer_inputs" and getattr(backbone.config, "hidden_size_per_layer_input", 1) == 0
@@ -443,6 +447,8 @@ def _deep_way(backbone: PreTrainedModel, is_causal: bool) -> tuple[Optional[str]
         return None, reason
     if getattr(config, "add_cross_attention", False):
         return None, "it has cross-attention"
+    if config.model_type == "doge":
+        return None, "its attention makes a mask of the values in its cache"
     if any(map(key_value_projections, backbone.modules())):
         return "projections", None
     takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())

@@ -17,7 +17,7 @@ from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
 from .adapters.by_row import choose_for_call
-from .adapters.checks import check_adapter, check_is_new, check_weights
+from .adapters.checks import check_adapter, check_is_new, check_saved_apart, check_weights
 from .adapters.deep_start import find_deep_start, states_of_vectors
 from .adapters.installation import install, take_deep_prompts
 from .adapters.names import from_saved_names, naming, to_saved_names
@@ -289,6 +289,7 @@ class PTuningModel(BaseTuner):
             check_is_new(model, adapter_name)
             with undone_on_error(model, adapter_name):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
+                check_saved_apart(find_layer(model), adapter_name, self._backbone.embedding_path)
                 allow_adapters_without_rows(model)
                 if self._token_indices is not None:
                     is_active = adapter_name in self.active_adapters

@@ -40,6 +40,12 @@ def _checkpointing() -> nn.Module:
     return next(module for module in model.modules() if hasattr(module, "gradient_checkpointing"))
 
 
+def _with_gradients_of_inputs() -> nn.Module:
+    model = make_model("Llama", "CAUSAL_LM")
+    model.enable_input_require_grads()
+    return model
+
+
 def _keeping_a_manager() -> nn.Module:
     model = make_model("Llama", "CAUSAL_LM")
     settings = ContinuousBatchingConfig(page_size=4, num_blocks=8, max_batch_tokens=8)
@@ -74,6 +80,7 @@ PRIVATE_NAMES: dict[str, Callable[[], Any]] = {
     "_hf_hook": lambda: add_hook_to_module(nn.Linear(1, 1), ModelHook()),
     "_old_forward": lambda: add_hook_to_module(nn.Linear(1, 1), ModelHook()),
     "_hf_peft_config_loaded": lambda: PreTrainedModel,
+    "_require_grads_hooks": _with_gradients_of_inputs,
     "_cached_continuous_batching_manager": _keeping_a_manager,
     "_orig_mod": lambda: torch.compile(nn.Linear(1, 1)),
     "_apply": lambda: nn.Module,

@@ -140,14 +140,39 @@ def _check_offloaded_embedding(
 def _check_names(adapter_names: Iterable[str], embedding_path: str, config: PTuningConfig) -> None:
     """Refuses an adapter named like the module it is in, and a module to train in full that holds the prompt."""
     reserved = ENCODER_KEY.strip(".")
-    if reserved in adapter_names:
-        raise ValueError(f"An adapter can't be named {reserved!r}, the name of the module it is in.")
+    for name in adapter_names:
+        if name == reserved:
+            raise ValueError(f"An adapter can't be named {reserved!r}, the name of the module it is in.")
+        if not name or "." in name or hasattr(nn.ModuleDict, name):
+            raise ValueError(
+                f"An adapter can't be named {name!r}: torch takes no empty name for a module, none with a dot, and "
+                "none that `nn.ModuleDict` has for something else. Choose another name."
+            )
     for name in config.modules_to_save or ():
         if f".{name}." in f".{embedding_path}.":
             raise ValueError(
                 f"`modules_to_save` names {name!r}, which holds the input embedding that the prompt goes with. "
                 "Name the modules to train without it."
             )
+
+
+def check_saved_apart(layer: PTuningLayer, adapter_name: str, embedding_path: str) -> None:
+    """Refuses an adapter beside others if PEFT would leave out parts of it, or of them, when it saves.
+
+    To save one adapter, PEFT drops every tensor that has the name of another one as a part of its own name.
+
+    Raises:
+        ValueError: One of both is named like a part of the other's tensors.
+    """
+    for other in layer.ptuning_encoders.keys() - {adapter_name}:
+        for name, reserved in ((adapter_name, other), (other, adapter_name)):
+            for key in layer.ptuning_encoders[name].state_dict():
+                path = f"base_model.model.{embedding_path}{ENCODER_KEY}{name}.{key}"
+                if f".{reserved}." in f"{path}.":
+                    raise ValueError(
+                        f"Adapters can't be named {name!r} and {reserved!r} on one model: {path} of the first one has "
+                        f"{reserved!r} as a part of its name, and PEFT would not save it. Choose another name."
+                    )
 
 
 def _check_length(model: nn.Module, backbone: Backbone, config: PTuningConfig) -> None:

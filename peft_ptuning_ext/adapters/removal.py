@@ -51,10 +51,19 @@ def _remove_prompts(model: nn.Module, path: str, layer: PTuningLayer, names: set
             detach(model)
         getattr(model, "hf_device_map", {}).pop(f"{path}{ENCODER_KEY}".rstrip("."), None)
         model.set_submodule(path, layer.base_layer)
+        _renew_gradient_hooks(model)
         return
     if names & set(layer.active_adapters):
         layer.set_adapter(next(iter(layer.ptuning_encoders), []))
     layer.enable_without_adapters()
+
+
+def _renew_gradient_hooks(model: nn.Module) -> None:
+    """Puts the hooks of `enable_input_require_grads`, which were on the tuner layer, on the embedding in its place."""
+    for module in model.modules():
+        if getattr(module, "_require_grads_hooks", None):
+            module.disable_input_require_grads()
+            module.enable_input_require_grads()
 
 
 def _remove_trained_copies(model: nn.Module, path: str, wrapper: AuxiliaryTrainingWrapper, names: set[str]) -> None:

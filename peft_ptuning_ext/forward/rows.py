@@ -196,7 +196,10 @@ def join(
     index = None if is_in_order else torch.tensor([order.index(each) for each in of_rows], device=device)
     some = next(iter(made.values()))
     if any((prompt.states or {}).keys() != (some.states or {}).keys() for prompt in made.values()):
-        raise ValueError("`adapter_names` has prompts in the encoder and prompts in the decoder in one batch.")
+        raise ValueError(
+            "`adapter_names` has deep prompts of other `prompt_stacks` in one batch. They have keys and values in "
+            "other layers. Pass the rows of each `prompt_stacks` in a batch of their own."
+        )
 
     def gather(values: list[Optional[torch.Tensor]]) -> torch.Tensor:
         like = next(value for value in values if value is not None)

@@ -78,7 +78,8 @@ def find_layer(model: nn.Module) -> Optional[PTuningLayer]:
 
 def layer_of(stack: nn.Module) -> PTuningLayer:
     """Returns the tuner layer of a backbone that prompts are attached to."""
-    layer = operator.attrgetter(stack.ptuning.backbone.embedding)(stack)
+    # Accelerate's regional compilation wraps modules inside a model.
+    layer = without_compilation(operator.attrgetter(stack.ptuning.backbone.embedding)(stack))
     if not isinstance(layer, PTuningLayer):
         raise ValueError(
             f"The input embedding of {type(stack).__name__} was replaced after the P-tuning adapter was added, by a "

@@ -490,6 +490,44 @@ def test_an_adapter_named_like_its_container() -> None:
         get_peft_model(make_model("BERT", "SEQ_CLS"), PTuningConfig(), adapter_name="ptuning_encoders")
 
 
+@pytest.mark.parametrize("name", ["keys", "v1.0"])
+def test_an_adapter_named_as_no_module_can_be(name) -> None:
+    base = make_model("BERT", "SEQ_CLS")
+    before = [name for name, _ in base.named_modules()]
+    with pytest.raises(ValueError, match=f"can't be named '{name}': torch"):
+        get_peft_model(base, make_config(), adapter_name=name)
+    assert [name for name, _ in base.named_modules()] == before
+
+
+NAMED_ALIKE = {
+    "a deep prompt's layer": ("0", {"prompt_depth": "DEEP"}),
+    "a network's layer": ("mlp", {"encoder_reparameterization_type": "MLP"}),
+    "a part of the backbone": ("embeddings", {}),
+}
+
+
+@pytest.mark.parametrize("is_second", [False, True])
+@pytest.mark.parametrize("case", NAMED_ALIKE)
+def test_an_adapter_named_like_a_part_of_another_one(case, is_second, tmp_path) -> None:
+    """PEFT would not save that part."""
+    name, options = NAMED_ALIKE[case]
+    adapters = [("one", make_config(**options)), (name, make_config())]
+    (first, config), (second, other) = adapters if is_second else reversed(adapters)
+    model = get_peft_model(make_model("BERT", "SEQ_CLS"), config, adapter_name=first).eval()
+    batch = make_batch("BERT", "SEQ_CLS")
+    expected = main_output(model(**batch))
+    with pytest.raises(ValueError, match=f"can't be named 'one' and '{name}' on one model.*PEFT would not save it"):
+        model.add_adapter(second, other)
+    assert list(model.peft_config) == [first]
+    assert torch.equal(main_output(model(**batch)), expected)
+    if first != "one":
+        return
+    model.add_adapter("two", make_config())
+    model.save_pretrained(tmp_path)
+    for each in ("one", "two"):
+        PeftModel.from_pretrained(make_model("BERT", "SEQ_CLS"), tmp_path / each)
+
+
 def test_padding_takes_no_position() -> None:
     model = get_peft_model(make_model("GPT-2", "CAUSAL_LM", n_positions=10), make_config()).eval()
     mask = torch.tensor([[0, 0, 0, 0, 1, 1, 1]])

@@ -606,6 +606,16 @@ REFUSED = {
         lambda: tf.EsmModel(tf.EsmConfig(**TINY, pad_token_id=0, mask_token_id=1, token_dropout=True)),
         "EsmModel: `token_dropout` of its config rescales",
     ),
+    "positions of token ids only": (
+        lambda: tf.EsmModel(tf.EsmConfig(**TINY, pad_token_id=0, position_embedding_type="absolute")),
+        "EsmModel: it gives positions and a layer norm to the embeddings of token ids only",
+    ),
+    "a layer norm of token ids only": (
+        lambda: tf.EsmModel(
+            tf.EsmConfig(**TINY, pad_token_id=0, position_embedding_type="rotary", emb_layer_norm_before=True)
+        ),
+        "EsmModel: it gives positions and a layer norm to the embeddings of token ids only",
+    ),
     "speech": (
         lambda: tf.WhisperForConditionalGeneration(
             tf.WhisperConfig(

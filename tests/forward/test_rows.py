@@ -382,6 +382,13 @@ def test_other_ways_of_deep_prompts_need_one_length(family: str) -> None:
         model(**make_batch(family, task, (S, S)), adapter_names=["deep", "deeper"])
 
 
+def test_rows_with_deep_prompts_in_other_stacks_are_refused() -> None:
+    model = make_adapted("T5", "SEQ_2_SEQ_LM", prompt_depth="DEEP")
+    model.add_adapter("both", make_config("SEQ_2_SEQ_LM", prompt_depth="DEEP", prompt_stacks="BOTH"))
+    with pytest.raises(ValueError, match="other `prompt_stacks` in one batch.* Pass the rows of each"):
+        model(**make_batch("T5", "SEQ_2_SEQ_LM", (S, S)), adapter_names=["default", "both"])
+
+
 def test_a_row_has_one_head() -> None:
     model = make_many("BERT", "SEQ_CLS")
     with pytest.raises(ValueError, match=r"\['default', 'long'\] of a row have each a module of their own"):

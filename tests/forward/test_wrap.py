@@ -251,6 +251,22 @@ def test_a_forward_of_the_modules_own_may_call_that_of_its_class() -> None:
     assert torch.equal(*(main_output(model(**batch)) for model in models))
 
 
+@pytest.mark.parametrize("is_enabled_before", [False, True])
+def test_unloading_leaves_inputs_with_gradients(is_enabled_before) -> None:
+    """PEFT enables them where gradient checkpointing is on, by a hook on what is the input embedding then."""
+    base = make_model("Llama", "CAUSAL_LM").requires_grad_(False)
+    if is_enabled_before:
+        base.enable_input_require_grads()
+    model = adapt(base)
+    model.enable_input_require_grads()
+    base = copy.deepcopy(model.unload())
+    embedding, ids = base.get_input_embeddings(), torch.tensor([[7]])
+    assert embedding(ids).requires_grad
+    if not is_enabled_before:  # else transformers has lost the first hook
+        base.disable_input_require_grads()
+        assert not embedding(ids).requires_grad
+
+
 def test_unloading_after_the_embedding_was_replaced() -> None:
     model = adapt(make_model("Llama", "CAUSAL_LM"))
     base = model.get_base_model()

@@ -21,6 +21,8 @@ from transformers import (
     BertModel,
     DebertaConfig,
     DebertaModel,
+    DogeConfig,
+    DogeForCausalLM,
     Qwen3NextConfig,
     Qwen3NextModel,
 )
@@ -120,6 +122,14 @@ def test_dropout_alone_asks_for_no_network() -> None:
                 )
             ),
             "Qwen3NextModel: it has layers of another kind than attention",
+        ),
+        (
+            lambda: DogeForCausalLM(
+                DogeConfig(
+                    vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
+                )
+            ),
+            "DogeModel: its attention makes a mask of the values in its cache",
         ),
     ],
 )

@@ -8,8 +8,10 @@ import shutil
 
 import pytest
 import torch
+from accelerate.utils import compile_regions, is_compiled_module
 from learnable import TASK_OF, add_prompt, losses, make_base, make_learner, trainable
 from peft import LoraConfig, PeftModel, get_peft_model
+from reference import main_output, make_batch
 from releases import CHECKPOINTING
 from torch._dynamo.utils import counters
 from transformers import Trainer, TrainerCallback
@@ -111,3 +113,27 @@ def test_compiled_training(depth, family, backend, tmp_path, monkeypatch) -> Non
     assert len(count.graphs) == 4
     assert count.graphs[0] > 0
     assert count.graphs[1] == count.graphs[-1]  # nothing is compiled again after the second step
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's compiler itself
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # of the compiler, too
+@families
+@depths
+def test_modules_compiled_one_by_one(depth, family, tmp_path) -> None:
+    """Accelerate's regional compilation puts the input embedding, and the prompt with it, into a compiled module."""
+    model, batch = make_prompted(family, depth).eval(), make_batch(family, TASK_OF[family])
+    torch._dynamo.reset()
+    compiled = compile_regions(model, backend="eager")
+    assert any(map(is_compiled_module, compiled.modules()))
+    outputs, gradients = [], []
+    for each in (model, compiled):
+        outputs.append(main_output(each(**batch)))
+        outputs[-1].square().sum().backward()
+        gradients.append([p.grad for p in each.parameters() if p.requires_grad])
+        each.zero_grad()
+    torch.testing.assert_close(*outputs, rtol=0, atol=1e-5)
+    for found, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+    compiled.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make_base(family), tmp_path).eval()
+    torch.testing.assert_close(main_output(loaded(**batch)), outputs[0], rtol=0, atol=1e-5)
