@@ -115,6 +115,12 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, history: list[dict])
         unfinished.rename(folder)
 
 
+def find_best(history: list[dict]) -> int:
+    """Returns the epoch with the best accuracy, the first of several."""
+    accuracies = [entry["eval_accuracy"] for entry in history if "eval_accuracy" in entry]
+    return accuracies.index(max(accuracies)) + 1
+
+
 @torch.no_grad()
 def predict(accelerator: Accelerator, model: torch.nn.Module, loader: DataLoader) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the logits (rows, labels) and labels (rows,) of all processes, with each row once."""
@@ -185,7 +191,10 @@ def main(argv: list[str] | None = None) -> None:
         initial=first_epoch * len(train_loader),
         disable=not accelerator.is_local_main_process,
     )
+    patience = math.inf if method.early_stopping_patience is None else method.early_stopping_patience
     for epoch in range(first_epoch + 1, args.num_train_epochs + 1):
+        if history and epoch - 1 - find_best(history) >= patience:  # also where a run that had stopped is resumed
+            break
         train_loader.set_epoch(epoch)  # the order of the rows depends on seed and epoch only, also after resuming
         losses = []
         for batch in train_loader:
@@ -205,18 +214,15 @@ def main(argv: list[str] | None = None) -> None:
         accelerator.log(history[-2] | history[-1], step=epoch)
         progress.write(f"epoch {epoch}: training loss {train_loss:.4f}, accuracy {scores['eval_accuracy']:.1%}")
 
-        accuracies = [entry["eval_accuracy"] for entry in history if "eval_accuracy" in entry]
-        best = accuracies.index(max(accuracies)) + 1
+        best = find_best(history)
         save_checkpoint(accelerator, folder / f"checkpoint-{epoch}", history)
         if accelerator.is_main_process:
             for path in set(folder.glob("checkpoint-*")) - {folder / f"checkpoint-{kept}" for kept in (epoch, best)}:
                 shutil.rmtree(path)
-        if method.early_stopping_patience is not None and epoch - best >= method.early_stopping_patience:
-            break
     progress.close()
-    if args.load_best_model_at_end:
+    if args.load_best_model_at_end and history:
         accelerator.wait_for_everyone()
-        accelerator.load_state(folder / f"checkpoint-{best}")
+        accelerator.load_state(folder / f"checkpoint-{find_best(history)}")
     after, logits = measure(measured)
     accelerator.end_training()
 

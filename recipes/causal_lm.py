@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset, DatasetDict
-from shared.arguments import DataArguments, MethodArguments, ModelArguments, parse_arguments
+from shared.arguments import DataArguments, MethodArguments, ModelArguments, check_evaluation, parse_arguments
 from shared.language_model import find_language_model
 from shared.methods import choose_learning_rate, make_callbacks, make_trainable, watch_prompt
 from shared.models import check_length, find_model, load_tokenizer
@@ -219,10 +219,11 @@ def generate_shares(trainer: Trainer, prompts: list[list[int]], max_new_tokens: 
 def main(argv: list[str] | None = None) -> None:
     dataclasses = [ModelArguments, DataArguments, TextArguments, MethodArguments, TrainingArguments]
     model_args, data_args, text_args, method, args = parse_arguments(dataclasses, TRAINING_DEFAULTS, argv)
+    check_evaluation(args, free=["prediction_loss_only"])
     if text_args.template is not None and "{input}" not in text_args.template:
         raise ValueError(f"`--template` should have {{input}} where the text goes, got {text_args.template!r}.")
     data = load_data(data_args, STALLS)
-    data = take_text_columns(data, {text_args.prompt_column: "input", text_args.response_column: "target"})
+    data = take_text_columns(data, input=text_args.prompt_column, target=text_args.response_column)
     examples = take_examples(data, text_args.examples)
     name = find_model(model_args.model_name_or_path or find_language_model())
     checkpoint = find_checkpoint(args)

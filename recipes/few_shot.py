@@ -28,7 +28,7 @@ from statistics import mean
 import evaluate
 from datasets import Dataset, DatasetDict
 from peft import LoraConfig, get_peft_model
-from shared.arguments import DataArguments, ModelArguments, parse_arguments
+from shared.arguments import DataArguments, ModelArguments, check_at_least, check_evaluation, parse_arguments
 from shared.language_model import find_language_model
 from shared.methods import prompt_rate
 from shared.models import find_model, find_packaged_encoder, load_tokenizer
@@ -117,15 +117,32 @@ class Learner:
     learning_rate: float
 
 
+def read_words(label_words: str | None, labels: list[str]) -> dict[str, list[str]]:
+    """Returns the words of each label, which are their own names where none are given.
+
+    Raises:
+        ValueError: `label_words` is no JSON object, or has other labels.
+    """
+    if label_words is None:
+        return {label: [label] for label in labels}
+    try:
+        words = json.loads(label_words)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"`--label_words` should be a JSON object, got {label_words!r}: {error}.") from None
+    if not isinstance(words, dict):
+        raise ValueError(f"`--label_words` should be a JSON object, got {label_words!r}.")
+    if set(words) != set(labels):
+        raise ValueError(f"`--label_words` has {sorted(words)}, and the labels are {sorted(labels)}.")
+    return words
+
+
 def make_cloze(task: Task) -> Learner:
     """A template on a language model, which reads the labels' words behind the text."""
     few = task.few
     config = AutoConfig.from_pretrained(task.language_model)
     tokenizer = load_tokenizer(task.language_model, config, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(task.language_model, dtype="float32")
-    words = json.loads(few.label_words) if few.label_words else {label: [label] for label in task.labels}
-    if set(words) != set(task.labels):
-        raise ValueError(f"`--label_words` has {sorted(words)}, and the labels are {sorted(task.labels)}.")
+    words = read_words(few.label_words, task.labels)
     template = PromptTemplate(few.template, ["text"], few.placeholder).for_tokenizer(tokenizer)
     cloze = ClozeClassifier(model, tokenizer, {label: words[label] for label in task.labels}, calibration="contextual")
     adapted = get_peft_model(
@@ -257,6 +274,10 @@ def write_results(scores: dict[str, list[float]], task: Task) -> str:
 def main(argv: list[str] | None = None) -> None:
     dataclasses = [ModelArguments, DataArguments, FewShotArguments, TrainingArguments]
     model_args, data_args, few, training = parse_arguments(dataclasses, TRAINING_DEFAULTS, argv)
+    check_evaluation(training)
+    check_at_least(1, few, "draws", "shots", "max_length")
+    if "{text}" not in few.template:
+        raise ValueError(f"`--template` should have {{text}} where the text goes, got {few.template!r}.")
     names = list(METHODS) if few.methods is None else few.methods
     if unknown := [name for name in names if name not in METHODS]:
         raise ValueError(f"`--methods` has {unknown[0]!r}, and there are {', '.join(METHODS)}.")
@@ -276,6 +297,8 @@ def main(argv: list[str] | None = None) -> None:
         few=few,
         training=training,
     )
+    if reads_words:  # template and words are checked before another method is trained
+        make_cloze(task).encode(data["train"][:1])
     measured = data["test" if "test" in data else "validation"]
     scores: dict[str, list[float]] = {name: [] for name in names}
     for draw in range(few.draws):

@@ -25,7 +25,14 @@ from dataclasses import dataclass, field
 import evaluate
 import numpy as np
 from datasets import Dataset, DatasetDict
-from shared.arguments import DataArguments, MethodArguments, ModelArguments, parse_arguments
+from shared.arguments import (
+    DataArguments,
+    MethodArguments,
+    ModelArguments,
+    check_at_least,
+    check_evaluation,
+    parse_arguments,
+)
 from shared.methods import choose_learning_rate, make_callbacks, make_trainable, watch_prompt
 from shared.models import cut_texts, find_model, find_packaged_encoder, load_tokenizer, load_with_head
 from shared.report import Outcome, can_measure_first, finish, in_data_order, make_command
@@ -167,6 +174,8 @@ def read_answers(
 def main(argv: list[str] | None = None) -> None:
     dataclasses = [ModelArguments, DataArguments, SpanArguments, MethodArguments, TrainingArguments]
     model_args, data_args, spans, method, args = parse_arguments(dataclasses, TRAINING_DEFAULTS, argv)
+    check_evaluation(args)
+    check_at_least(0, spans, "doc_stride")
     checkpoint = find_checkpoint(args)
     set_seed(args.seed)  # decides where head and prompt start
 

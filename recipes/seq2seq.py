@@ -16,20 +16,21 @@ Other data, models and methods, from options or a file of them, and more than on
     accelerate launch --config_file recipes/accelerate/ddp.yaml recipes/seq2seq.py
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import evaluate
 import numpy as np
 import torch
-from datasets import Dataset, DatasetDict, concatenate_datasets
-from shared.arguments import DataArguments, MethodArguments, ModelArguments, parse_arguments
+from datasets import Dataset, DatasetDict
+from shared.arguments import DataArguments, MethodArguments, ModelArguments, check_evaluation, parse_arguments
 from shared.methods import choose_learning_rate, make_callbacks, make_trainable, watch_prompt
 from shared.models import check_length, find_model, load_tokenizer
 from shared.report import Outcome, can_measure_first, finish, make_command
 from shared.resuming import find_checkpoint
 from shared.small_models import SEQ2SEQ, find_small_model
-from shared.sources import DATA, METRICS, drop_long_rows, group_targets, load_data, take_text_columns
+from shared.sources import DATA, METRICS, drop_long_rows, load_data, take_text_columns
 from transformers import (
     AutoConfig,
     AutoModelForSeq2SeqLM,
@@ -84,10 +85,19 @@ def tokenize(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, args: TextAr
     return drop_long_rows(tokens, "labels", "--max_target_length", args.max_target_length)
 
 
-def one_row_per_input(rows: Dataset) -> Dataset:
-    """Returns the first row of each input. An input with several references is then generated for once."""
-    first = {text: i for i, text in reversed(list(enumerate(rows["input"])))}
-    return rows.select(sorted(first.values()))
+def make_key(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The tokens of an input without padding, by which it is known. Different texts may have the same tokens."""
+    return tuple(token for token in ids if token not in (-100, tokenizer.pad_token_id))
+
+
+def one_row_per_input(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """Returns the first row of each input, which is generated for once, with the "references" of all its rows."""
+    first, references = {}, {}
+    for i, (ids, target) in enumerate(zip(rows["input_ids"], rows["target"])):
+        key = make_key(ids, tokenizer)
+        first.setdefault(key, i)
+        references.setdefault(key, []).append(target)
+    return rows.select([*first.values()]).add_column("references", [*references.values()])
 
 
 def load_model(name: str, args: TextArguments, method: MethodArguments):
@@ -103,11 +113,12 @@ def load_model(name: str, args: TextArguments, method: MethodArguments):
 def main(argv: list[str] | None = None) -> None:
     dataclasses = [ModelArguments, DataArguments, TextArguments, MethodArguments, Seq2SeqTrainingArguments]
     model_args, data_args, text_args, method, args = parse_arguments(dataclasses, TRAINING_DEFAULTS, argv)
+    check_evaluation(args)
     args.include_for_metrics = ["inputs"]  # compute_metrics finds the references by the inputs
     if args.generation_max_length is None:
         args.generation_max_length = text_args.max_target_length + 1  # with the token that the decoder starts from
     data = load_data(data_args, STALLS)
-    data = take_text_columns(data, {text_args.source_column: "input", text_args.target_column: "target"})
+    data = take_text_columns(data, input=text_args.source_column, target=text_args.target_column)
     name = find_model(model_args.model_name_or_path or find_small_model(SEQ2SEQ))
     checkpoint = find_checkpoint(args)
     set_seed(args.seed)  # decides where the prompt starts
@@ -115,24 +126,24 @@ def main(argv: list[str] | None = None) -> None:
     choose_learning_rate(args, method, model)
     tokens = tokenize(data, tokenizer, text_args)
 
-    held_out = {split: one_row_per_input(rows) for split, rows in tokens.items() if split != "train"}
-    references = group_targets(concatenate_datasets([tokens[split] for split in held_out]))
-
-    def key(ids: list[int]) -> tuple[int, ...]:
-        return tuple(token for token in ids if token not in (-100, tokenizer.pad_token_id))
-
-    text_of = {key(row["input_ids"]): row["input"] for rows in held_out.values() for row in rows}
+    held_out = {split: one_row_per_input(rows, tokenizer) for split, rows in tokens.items() if split != "train"}
     metric = evaluate.load(str(METRICS / "bleu_rouge"), keep_in_memory=True)
     generated = {}  # the text for each input, of the last evaluation
 
-    def compute_metrics(output: EvalPrediction) -> dict[str, float]:
-        generated.clear()
-        ids = np.where(output.predictions < 0, tokenizer.pad_token_id, output.predictions)
-        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-        for source, text in zip(output.inputs.tolist(), texts, strict=True):  # with several processes, some come twice
-            generated[text_of[key(source)]] = text.strip()
-        targets = [references[source] for source in generated]
-        return metric.compute(predictions=list(generated.values()), references=targets)
+    def score(split: str):
+        """Returns `compute_metrics` of a split. Trainer passes tokens only, and each split has its own references."""
+        references = {make_key(row["input_ids"], tokenizer): row["references"] for row in held_out[split]}
+
+        def compute_metrics(output: EvalPrediction) -> dict[str, float]:
+            generated.clear()
+            ids = np.where(output.predictions < 0, tokenizer.pad_token_id, output.predictions)
+            texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+            for source, text in zip(output.inputs.tolist(), texts, strict=True):  # several processes repeat some
+                generated[make_key(source, tokenizer)] = text.strip()
+            targets = [references[key] for key in generated]
+            return metric.compute(predictions=list(generated.values()), references=targets)
+
+        return compute_metrics
 
     trainer = Seq2SeqTrainer(
         model=model,
@@ -141,15 +152,17 @@ def main(argv: list[str] | None = None) -> None:
         eval_dataset=held_out["validation"],
         processing_class=tokenizer,
         data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),
-        compute_metrics=compute_metrics,
         callbacks=make_callbacks(method),
     )
     watch_prompt(trainer, method)
     measured = "test" if "test" in held_out else "validation"
+    trainer.compute_metrics = score(measured)
     before = (
         trainer.predict(held_out[measured], metric_key_prefix="eval").metrics if can_measure_first(trainer) else {}
     )
+    trainer.compute_metrics = score("validation")
     trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.compute_metrics = score(measured)
     after = trainer.predict(held_out[measured], metric_key_prefix="eval").metrics
 
     finish(
@@ -160,8 +173,12 @@ def main(argv: list[str] | None = None) -> None:
             before=before,
             after=after,
             predictions=[
-                {"input": text, "prediction": generated[text], "references": references[text]}
-                for text in held_out[measured]["input"]
+                {
+                    "input": row["input"],
+                    "prediction": generated[make_key(row["input_ids"], tokenizer)],
+                    "references": row["references"],
+                }
+                for row in held_out[measured]
             ],
             command=make_command(__file__, argv),
             data=data_args,

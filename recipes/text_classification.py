@@ -17,13 +17,14 @@ Other data, models and methods, from options or a file of them, and more than on
     accelerate launch --config_file recipes/accelerate/ddp.yaml recipes/text_classification.py
 """
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 import evaluate
 import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict
-from shared.arguments import DataArguments, MethodArguments, ModelArguments, parse_arguments
+from shared.arguments import DataArguments, MethodArguments, ModelArguments, check_evaluation, parse_arguments
 from shared.methods import choose_learning_rate, make_callbacks, make_trainable, watch_prompt
 from shared.models import cut_texts, find_model, find_packaged_encoder, load_tokenizer, load_with_head
 from shared.report import Outcome, can_measure_first, finish, in_data_order, make_command
@@ -66,7 +67,7 @@ def number_labels(data: DatasetDict, text_column: str, label_column: str) -> tup
 
     Returns the data, and the names of the labels.
     """
-    check_columns(data, {text_column: str, label_column: object})
+    check_columns(data, {text_column: str, label_column: Hashable})
     feature = data["train"].features[label_column]
     is_numbered = isinstance(feature, ClassLabel)
     labels = {split: set(dataset[label_column]) for split, dataset in data.items()}
@@ -130,6 +131,7 @@ def list_predictions(rows: Dataset, logits: np.ndarray, labels: list[str]) -> tu
 def main(argv: list[str] | None = None) -> None:
     dataclasses = [ModelArguments, DataArguments, ColumnArguments, MethodArguments, TrainingArguments]
     model_args, data_args, columns, method, args = parse_arguments(dataclasses, TRAINING_DEFAULTS, argv)
+    check_evaluation(args)
     checkpoint = find_checkpoint(args)
     set_seed(args.seed)  # decides where head and prompt start
 

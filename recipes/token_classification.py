@@ -21,7 +21,7 @@ from itertools import chain
 
 import evaluate
 from datasets import ClassLabel, Dataset, DatasetDict
-from shared.arguments import DataArguments, MethodArguments, ModelArguments, parse_arguments
+from shared.arguments import DataArguments, MethodArguments, ModelArguments, check_evaluation, parse_arguments
 from shared.methods import choose_learning_rate, make_callbacks, make_trainable, watch_prompt
 from shared.models import cut_texts, find_model, find_packaged_encoder, load_tokenizer, load_with_head
 from shared.report import Outcome, can_measure_first, finish, in_data_order, make_command
@@ -154,6 +154,7 @@ def read_tags(trainer: Trainer, output: EvalPrediction, tokens: Dataset) -> list
 def main(argv: list[str] | None = None) -> None:
     dataclasses = [ModelArguments, DataArguments, ColumnArguments, MethodArguments, TrainingArguments]
     model_args, data_args, columns, method, args = parse_arguments(dataclasses, TRAINING_DEFAULTS, argv)
+    check_evaluation(args)
     checkpoint = find_checkpoint(args)
     set_seed(args.seed)  # decides where head and prompt start
 

@@ -4,13 +4,14 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import torch
 import yaml
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
 
 
 # What the recipes change in the defaults of TrainingArguments.
@@ -22,6 +23,15 @@ SHARED_DEFAULTS = {
     "save_total_limit": 2,
     "logging_steps": 10,
     "dataloader_pin_memory": torch.cuda.is_available(),  # without a GPU, torch warns that pinning is useless
+}
+
+# What Trainer has to be told so that an evaluation returns predictions, all of them at once, and why.
+EVALUATION = {
+    "dataloader_drop_last": (False, "with it, Trainer leaves out rows of evaluations too"),
+    "prediction_loss_only": (False, "the metrics are computed from predictions"),
+    "eval_do_concat_batches": (True, "the metrics are computed from the predictions of all batches"),
+    "batch_eval_metrics": (False, "the metrics are computed from the predictions of all batches"),
+    "predict_with_generate": (True, "the metrics are computed from generated texts"),
 }
 
 
@@ -144,6 +154,33 @@ def parse_arguments(dataclasses: list, defaults: dict, argv: list[str] | None) -
         if isinstance(part, MethodArguments) and part.method == "ptuning" and part.depth is None:
             part.depth = depth
     return parsed
+
+
+def check_evaluation(args: TrainingArguments, free: Sequence[str] = ()) -> None:
+    """Checks that Trainer's evaluations return a prediction for each row, which a recipe measures.
+
+    Args:
+        args (`TrainingArguments`): The arguments.
+        free (`Sequence[str]`, *optional*): Options that the recipe leaves free.
+
+    Raises:
+        ValueError: An option makes Trainer leave out predictions.
+    """
+    for option, (needed, why) in EVALUATION.items():
+        value = getattr(args, option, needed)
+        if value != needed and option not in free:
+            raise ValueError(f"`--{option}` is {value}, and this recipe needs {needed}: {why}.")
+
+
+def check_at_least(least: int, args, *options: str) -> None:
+    """Checks that options are not too small.
+
+    Raises:
+        ValueError: One of them is.
+    """
+    for option in options:
+        if getattr(args, option) < least:
+            raise ValueError(f"`--{option}` is {getattr(args, option)}, and should be {least} or more.")
 
 
 def _as_words(name: str, value) -> list[str]:

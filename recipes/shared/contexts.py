@@ -11,6 +11,7 @@ from datasets import Dataset, DatasetDict, load_dataset
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from shared.arguments import check_at_least
 from shared.sources import DATA
 
 
@@ -115,8 +116,11 @@ def make_frame(tokenizer: PreTrainedTokenizerBase, context: str, args: ContextAr
     """Returns what stands around an input.
 
     Raises:
-        ValueError: The template has no place for the input, or the chat template puts no system message in front.
+        ValueError: The template has no place for the input, the chat template puts no system message in front, or
+            the text that ends an answer is empty.
     """
+    if args.stop == "":
+        raise ValueError("`--stop` should be a text of one character or more, got ''. Leave it out for none.")
     template = args.template
     if template is None and tokenizer.chat_template:
         return Frame(*_from_chat(tokenizer, context), args.stop)
@@ -164,7 +168,8 @@ def read_inputs(file: Path, args: ContextArguments) -> Dataset:
     if not lines:
         raise ValueError(f"{file} has no rows.")
     if file.suffix != ".jsonl":
-        return load_dataset("text", data_files=str(file), split="train").rename_column("text", "input")
+        dataset = load_dataset("text", data_files=str(file), split="train").rename_column("text", "input")
+        return dataset.filter(lambda row: bool(row["input"].strip()))
     try:
         rows = [json.loads(line) for line in lines]
     except json.JSONDecodeError as error:
@@ -216,9 +221,7 @@ def check_positions(inputs: DatasetDict | None, frame: Frame, tokenizer, config,
             f"The context has {length} tokens, the longest input {longest}, and an answer up to {args.max_new_tokens} "
             f"(`--max_new_tokens`): {whole} positions, and the model has {positions}. Shorten the context."
         )
-    for option in ("num_virtual_tokens", "top_k"):
-        if getattr(args, option) < 1:
-            raise ValueError(f"`--{option}` is {getattr(args, option)}, and should be 1 or more.")
+    check_at_least(1, args, "num_virtual_tokens", "top_k")
     if args.num_virtual_tokens > length:
         raise ValueError(
             f"`--num_virtual_tokens` is {args.num_virtual_tokens}, and the context has {length} tokens: a longer "

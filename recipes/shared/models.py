@@ -79,8 +79,10 @@ def check_length(
     """Checks that the prompt and a text of `max_length` tokens fit into the model; `options` are named in the error.
 
     Raises:
-        ValueError: Prompt and text have more positions than the model.
+        ValueError: Prompt and text have more positions than the model, or the text has none.
     """
+    if max_length < 1:  # tokenizers take 0 for no limit
+        raise ValueError(f"{options} should be 1 or more, got {max_length}.")
     positions = min(getattr(config, "max_position_embeddings", tokenizer.model_max_length), tokenizer.model_max_length)
     if prompt_positions + max_length > positions:
         raise ValueError(
@@ -95,7 +97,7 @@ def cut_texts(
     """Makes the tokenizer cut texts to `max_length` tokens; the saved tokenizer then cuts at the same place.
 
     Raises:
-        ValueError: The prompt and such a text have more positions than the model.
+        ValueError: The prompt and such a text have more positions than the model, or the text has none.
     """
     check_length(prompt_positions, max_length, config, tokenizer)
     tokenizer.model_max_length = max_length

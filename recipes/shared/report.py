@@ -199,7 +199,7 @@ def plot_confusion(truth: list[int], predicted: list[int], labels: list[str], fo
         truth,
         predicted,
         labels=range(len(labels)),
-        display_labels=labels,
+        display_labels=[label.replace("$", r"\$") for label in labels],  # else matplotlib may read it as a formula
         xticks_rotation="vertical",
         cmap="Blues",
         ax=figure.subplots(),

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where a recipe's data come from: the Hub, files, or the recipe itself; checked before anything is trained."""
 
+from collections.abc import Hashable
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, load_dataset
@@ -76,16 +77,23 @@ def check_columns(data: DatasetDict, columns: dict[str, type]) -> None:
             raise ValueError(f"The {split} data has no rows.")
         for name, kind in columns.items():
             if not all(isinstance(value, kind) for value in dataset[name]):
-                what = {str: "text", list: "list", dict: "table"}[kind]
+                what = {str: "text", list: "list", dict: "table", Hashable: "text or number"}[kind]
                 raise ValueError(f"Column {name!r} of the {split} data has rows that are no {what}.")
 
 
-def take_text_columns(data: DatasetDict, names: dict[str, str]) -> DatasetDict:
-    """Checks that the columns hold texts, and returns no others, under the names that the recipe uses."""
-    check_columns(data, dict.fromkeys(names, str))
+def take_text_columns(data: DatasetDict, **columns: str) -> DatasetDict:
+    """Checks that the columns hold texts, and returns no others, under the names that the recipe uses.
+
+    Raises:
+        ValueError: Two are the same column, or one is not there or has other values than texts.
+    """
+    if len({*columns.values()}) < len(columns):
+        names = " and ".join(columns)
+        raise ValueError(f"The columns of {names} should differ, got {next(iter(columns.values()))!r} for both.")
+    check_columns(data, dict.fromkeys(columns.values(), str))
     return DatasetDict(
         {
-            split: Dataset.from_dict({new: dataset[old][:] for old, new in names.items()})
+            split: Dataset.from_dict({name: dataset[column][:] for name, column in columns.items()})
             for split, dataset in data.items()
         }
     )

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors.torch import load_file
 from shared import report
-from tiny_recipes import FILES, read_metrics, read_rows, run, save_backbone, write_rows
+from tiny_recipes import FILES, outcome, read_metrics, read_rows, run, save_backbone, write_rows
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 
@@ -113,6 +113,25 @@ def test_a_resumed_run_equals_an_uninterrupted_one(trained, tiny, tmp_path, monk
     assert (tmp_path / name).read_bytes() == (trained.folder / name).read_bytes()
 
 
+STOPS_EARLY = {"depth": "INPUT", "learning_rate": 0.5, "num_train_epochs": 12, "early_stopping_patience": 2}
+
+
+@pytest.mark.parametrize("options", [{}, STOPS_EARLY])
+def test_a_finished_run_that_is_resumed_stays_as_it_is(options, tiny, tmp_path):
+    options = {**tiny, **options, "load_best_model_at_end": True, "output_dir": tmp_path}
+    run(recipe, options)
+    first = outcome(tmp_path)
+    run(recipe, {**options, "resume_from_checkpoint": "last"})
+    assert outcome(tmp_path) == first
+
+
+def test_without_an_epoch_there_is_none_to_go_back_to(tiny, tmp_path):
+    run(recipe, {**tiny, "num_train_epochs": 0, "load_best_model_at_end": True, "output_dir": tmp_path})
+    metrics = read_metrics(tmp_path)
+    assert metrics["history"] == []
+    assert metrics["before"] == metrics["after"]
+
+
 def test_deep_prompt_of_a_network(tiny, tmp_path):
     run(recipe, {**tiny, "depth": "DEEP", "num_train_epochs": 1, "output_dir": tmp_path})
     saved = load_file(tmp_path / "adapter_model.safetensors")
@@ -123,14 +142,7 @@ def test_deep_prompt_of_a_network(tiny, tmp_path):
 
 
 def test_the_best_epoch_comes_back(tiny, tmp_path):
-    options = {
-        "depth": "INPUT",
-        "learning_rate": 0.5,
-        "num_train_epochs": 12,
-        "early_stopping_patience": 2,
-        "load_best_model_at_end": True,
-    }
-    run(recipe, {**tiny, **options, "output_dir": tmp_path})
+    run(recipe, {**tiny, **STOPS_EARLY, "load_best_model_at_end": True, "output_dir": tmp_path})
     metrics = read_metrics(tmp_path)
     accuracies = [entry["eval_accuracy"] for entry in metrics["history"] if "eval_accuracy" in entry]
     best = accuracies.index(max(accuracies)) + 1

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import accelerate_loop
 import causal_lm
+import distill_context
 import few_shot
 import pytest
 import question_answering
@@ -102,6 +103,60 @@ def test_values_of_a_config_file_are_checked(tmp_path, content, capsys):
     with pytest.raises(SystemExit):
         text_classification.main([str(tmp_path / "run.yaml")])
     assert content.split()[-1] in capsys.readouterr().err
+
+
+WITHOUT_PREDICTIONS = {
+    "dataloader_drop_last": True,  # which is for training, and Trainer leaves out rows of evaluations as well
+    "prediction_loss_only": True,
+    "eval_do_concat_batches": False,
+    "batch_eval_metrics": True,
+}
+
+
+class Started(Exception):
+    """Raised where a recipe has accepted its arguments."""
+
+
+def start(recipe, first: str, options: dict, folder) -> None:
+    """Runs a recipe up to the call of its function `first`."""
+
+    def stop(*_):
+        raise Started
+
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recipe, first, stop)
+        recipe.main([*words, "--use_cpu", "True", "--output_dir", str(folder)])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "option", "value"),
+    [
+        *(
+            (recipe, option, value)
+            for recipe in (few_shot, question_answering, seq2seq, text_classification, token_classification)
+            for option, value in WITHOUT_PREDICTIONS.items()
+        ),
+        (seq2seq, "predict_with_generate", False),
+        (causal_lm, "dataloader_drop_last", True),
+        (causal_lm, "eval_do_concat_batches", False),
+    ],
+)
+def test_evaluations_without_all_predictions_are_refused_where_they_are_read(recipe, option, value, tmp_path):
+    with pytest.raises(ValueError, match=f"`--{option}` is {value}, and this recipe needs {not value}: "):
+        start(recipe, "load_data", {option: value}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "first", "options"),
+    [
+        (causal_lm, "load_data", ["prediction_loss_only"]),  # its answers are generated apart from Trainer
+        (distill_context, "prepare", [*WITHOUT_PREDICTIONS]),  # it measures by itself
+    ],
+)
+def test_recipes_that_read_no_predictions_leave_these_options_free(recipe, first, options, tmp_path):
+    with pytest.raises(Started):
+        start(recipe, first, {option: WITHOUT_PREDICTIONS[option] for option in options}, tmp_path)
 
 
 def test_deepspeed_has_to_be_told_the_learning_rate(tmp_path) -> None:

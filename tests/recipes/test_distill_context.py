@@ -317,9 +317,10 @@ def test_the_model_makes_up_inputs(tiny, tmp_path):
     assert {row["input"] for row in read_rows(tmp_path / "inputs.jsonl")} == set(texts)
 
 
-def test_a_text_of_lines_is_a_file_of_inputs(tiny, tmp_path):
+@pytest.mark.parametrize("end", ["\n", "\n\n \n"])
+def test_a_text_of_lines_is_a_file_of_inputs(tiny, tmp_path, end):
     file = tmp_path / "inputs.txt"
-    file.write_text("".join(f"thing: {i}\n" for i in range(10)))
+    file.write_text("".join(f"thing: {i}{end}" for i in range(10)))
     data = prepare(tiny, tmp_path, inputs_file=str(file), test_file=None).data
     assert data.num_rows == {"train": 8, "test": 2}
     assert {*data["train"]["input"], *data["test"]["input"]} == {f"thing: {i}" for i in range(10)}
@@ -379,6 +380,7 @@ NO_ROWS, LATIN = b"\n \n", "Grüße".encode("latin-1")
         ({"test_file": None}, {"inputs_file": b'{"input": "a"}'}, "has one row"),
         ({"inputs_file": None}, {}, "`--test_file` goes with `--inputs_file`"),
         ({"template": "Answer:"}, {}, r"should have {input} where the input goes, got 'Answer:'"),
+        ({"stop": ""}, {}, "`--stop` should be a text of one character or more, got ''"),
         ({"num_virtual_tokens": 200}, {}, r"`--num_virtual_tokens` is 200, and the context has \d+ tokens"),
         ({"num_virtual_tokens": 0}, {}, "`--num_virtual_tokens` is 0"),
         ({"top_k": 0}, {}, "`--top_k` is 0"),

@@ -8,7 +8,7 @@ import few_shot
 import pytest
 from datasets import Dataset
 from shared.small_models import Pretraining, make_model, make_tokenizer
-from tiny_recipes import run, save_backbone, write_rows
+from tiny_recipes import as_words, run, save_backbone, write_rows
 
 
 # Two kinds of messages that differ in their words.
@@ -80,8 +80,21 @@ def test_draws() -> None:
         ({"methods": "magic"}, "`--methods` has 'magic', and there are template_cloze"),
         ({"resume_from_checkpoint": "last"}, "trains many short runs, and continues none of them"),
         ({"label_words": '{"good": ["a"]}'}, r"`--label_words` has \['good'\], and the labels are \['bad', 'good'\]"),
+        ({"label_words": "{good"}, "`--label_words` should be a JSON object, got '{good'"),
+        ({"label_words": '["good", "bad"]'}, "`--label_words` should be a JSON object, got"),
+        ({"label_words": '{"good": ["a"], "bad": ["a"]}'}, "The word 'a' of class '.*' is, for the tokenizer, a word"),
+        ({"template": "{text} is {mask}"}, "has no slot"),
+        ({"template": "{prompt} is {mask}"}, "`--template` should have {text} where the text goes, got"),
+        ({"template": "{prompt} {text} {title} is {mask}"}, "title"),
+        ({"draws": 0}, "`--draws` is 0, and should be 1 or more"),
+        ({"shots": -1}, "`--shots` is -1, and should be 1 or more"),
+        ({"max_length": 0}, "`--max_length` is 0, and should be 1 or more"),
     ],
 )
-def test_what_is_refused(arguments, change, message, tmp_path) -> None:
+def test_what_is_refused_before_anything_is_trained(arguments, change, message, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(few_shot, "run_method", lambda *_: pytest.fail("a method was trained"))
+    options = {**arguments, "output_dir": tmp_path / "output", **change}
+    methods = options.pop("methods", "head template_cloze").split()
     with pytest.raises(ValueError, match=message):
-        run(few_shot, {**arguments, **change, "output_dir": tmp_path})
+        few_shot.main([*as_words(options), "--methods", *methods])
+    assert not (tmp_path / "output").exists()

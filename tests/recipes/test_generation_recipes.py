@@ -5,6 +5,7 @@
 import itertools
 import json
 import math
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +33,7 @@ from tiny_recipes import (
     train,
     write_rows,
 )
+from tokenizers.normalizers import Lowercase
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, DataCollatorForSeq2Seq
 
 
@@ -219,6 +221,7 @@ GOOD = [{"input": "thing: lamp", "target": "a lamp"}, {"input": "thing: kite", "
     ("changes", "train_rows", "rows", "message"),
     [
         ({"first": "text"}, GOOD, GOOD, r"train data has no column 'text', only \['input', 'target'\]"),
+        ({"second": "input"}, GOOD, GOOD, "columns of input and target should differ, got 'input' for both"),
         ({}, [], GOOD, r"train\.jsonl is empty"),
         ({}, GOOD, [], r"validation\.jsonl is empty"),
         ({}, [*GOOD, {"input": "a", "target": None}], GOOD, "'target' of the train data has rows that are no text"),
@@ -247,6 +250,24 @@ def test_bad_input_is_refused_before_training(recipe, tiny, tmp_path, changes, t
     with pytest.raises(ValueError, match=message):
         run(recipe, arguments)
     assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize("recipe", [seq2seq], indirect=True)
+def test_texts_of_the_same_tokens_are_one_input_of_their_split(recipe, tiny, tmp_path):
+    model = shutil.copytree(tiny["model_name_or_path"], tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.backend_tokenizer.normalizer = Lowercase()
+    tokenizer.save_pretrained(model)
+    one, other = "thing: drum", "Thing: Drum"
+    rows = {
+        "validation": [{"input": one, "target": "a lamp"}, *GOOD],
+        "test": [{"input": other, "target": "a bell"}, GOOD[1], {"input": one, "target": "a drum"}],
+    }
+    files = {f"{split}_file": write_rows(tmp_path / f"{split}.jsonl", found) for split, found in rows.items()}
+    changes = {"model_name_or_path": model, "eval_strategy": "epoch", "max_steps": 1}
+    run(recipe, {**tiny, **files, **changes, "output_dir": tmp_path / "output"})
+    found = {row["input"]: row["references"] for row in read_rows(tmp_path / "output" / "predictions.jsonl")}
+    assert found == {other: ["a bell", "a drum"], GOOD[1]["input"]: [GOOD[1]["target"]]}
 
 
 def test_template_needs_a_place_for_the_text(tmp_path):

@@ -312,6 +312,7 @@ GOOD = row_with({"text": ["oslo"], "answer_start": [9]})
             "'a7' has 14 tokens, and with `--doc_stride` 4 leaves no room .* 20",
         ),
         ({"doc_stride": 15}, GOOD, "'a7' has 2 tokens, and with `--doc_stride` 15 leaves no room for the text in"),
+        ({"doc_stride": -1}, GOOD, "`--doc_stride` is -1, and should be 0 or more"),
         ({"max_length": 61}, GOOD, "4 virtual tokens and `--max_length` 61 are 65 positions, and the model has 64"),
     ],
 )

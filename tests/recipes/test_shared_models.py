@@ -31,6 +31,15 @@ def test_default_backbone_is_checked(tmp_path, monkeypatch):
         models.find_packaged_encoder()
 
 
+@pytest.mark.parametrize("length", [0, -5])
+def test_a_text_has_at_least_one_token(length):
+    tokenizer = SimpleNamespace(model_max_length=64)
+    with pytest.raises(ValueError, match=f"`--max_length` should be 1 or more, got {length}"):
+        models.cut_texts(tokenizer, length, 4, BertConfig())
+    models.cut_texts(tokenizer, 1, 4, BertConfig())
+    assert tokenizer.model_max_length == 1
+
+
 def test_the_end_token_pads_where_there_is_no_other(tmp_path):
     config = GPT2Config()
     tokenizer = models.load_tokenizer(save_tokenizer(tmp_path, eos_token="</s>"), config)

@@ -386,6 +386,12 @@ BAD = [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}]
         ({}, BAD[:1], BAD[:1], "one label only: 'x'"),
         ({}, [*BAD, {"text": "c", "label": None}], BAD, "'label' of the train data has rows without a label"),
         ({}, [*BAD, {"text": None, "label": "x"}], BAD, "'text' of the train data has rows that are no text"),
+        (
+            {},
+            *[[{**row, "label": [1]} for row in BAD]] * 2,
+            "'label' of the train data has rows that are no text or",
+        ),
+        ({}, *[[{**row, "label": {"a": 1}} for row in BAD]] * 2, "'label' of the train data has rows that are no t"),
         ({"model_name_or_path": "./no/such/model"}, BAD, BAD, r"no model folder \./no/such/model"),
         (
             {"depth": "INPUT", "max_length": 61},
@@ -418,6 +424,11 @@ def test_csv_without_rows_is_refused(tiny, tmp_path):
     with pytest.raises(ValueError, match=r"train\.csv is empty"):
         run(recipe, {**tiny, **files, "output_dir": tmp_path / "output"})
     assert not (tmp_path / "output").exists()
+
+
+def test_names_of_classes_are_not_read_as_formulas(tmp_path):
+    report.plot_confusion([0, 1, 2], [0, 1, 1], [r"$\foo$", "$5 to $6", r"\$"], tmp_path)
+    assert (tmp_path / "confusion_matrix.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_metric():
