@@ -226,10 +226,10 @@ def test_steps_with_a_cache_are_the_whole(model_name: str) -> None:
 def test_a_cache_goes_on_under_its_own_adapter(model_name: str) -> None:
     model, batch = make_deep(model_name), text()
     model.add_adapter("other", make_config(TASK, prompt_depth="DEEP", prompt_stacks="DECODER"))
-    model.add_adapter("encoder", make_config(TASK, prompt_depth="DEEP"))
+    model.add_adapter("in_encoder", make_config(TASK, prompt_depth="DEEP"))
     given = model(**batch, use_cache=True)
     step = {**batch, "decoder_input_ids": torch.tensor([[5], [6]])}
-    for name in ("other", "encoder"):
+    for name in ("other", "in_encoder"):
         model.set_adapter(name)
         with pytest.raises(ValueError, match="was filled behind the prompt of adapter 'default'"):
             model(**step, **{CACHE: copy.deepcopy(given[CACHE])})
@@ -335,14 +335,14 @@ def test_adapters_of_both_depths_on_one_model(model_name: str) -> None:
     batch = text()
     model = make_adapted(MODELS[model_name], TASK, adapter_name="input")
     of_input = main_output(model(**batch))
-    model.add_adapter("decoder", make_config(TASK, prompt_depth="DEEP", prompt_stacks="DECODER"))
-    model.add_adapter("encoder", make_config(TASK, prompt_depth="DEEP"))
+    model.add_adapter("in_decoder", make_config(TASK, prompt_depth="DEEP", prompt_stacks="DECODER"))
+    model.add_adapter("in_encoder", make_config(TASK, prompt_depth="DEEP"))
     assert torch.equal(main_output(model.eval()(**batch)), of_input)
-    for name in ("decoder", "encoder"):
+    for name in ("in_decoder", "in_encoder"):
         model.set_adapter(name)
         expected = by_hand(model_name, states_of(model), batch)
         torch.testing.assert_close(main_output(model(**batch)), expected, rtol=0, atol=2e-5)
-    model.delete_adapter("decoder")
+    model.delete_adapter("in_decoder")
     torch.testing.assert_close(main_output(model(**batch)), expected, rtol=0, atol=2e-5)
     model.set_adapter("input")
     assert torch.equal(main_output(model(**batch)), of_input)
