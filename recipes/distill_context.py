@@ -148,7 +148,7 @@ def _with_prompt(model: nn.Module, tokenizer, frame: Frame, depth: str, length: 
 
 
 def fast_dtype(device: torch.device) -> str:
-    """The number format for frozen weights: bfloat16, or float32 on a CPU that can't multiply bfloat16.
+    """The number format for frozen weights: bfloat16, or float32 on a CPU that is slow in bfloat16.
 
     Without AVX-512, an x86 CPU multiplies matrices in bfloat16 many times as slowly as in float32.
     """

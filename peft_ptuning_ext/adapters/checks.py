@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The peft_ptuning_ext authors
 # SPDX-License-Identifier: Apache-2.0
-"""What is refused before anything is changed: each check reads a model and a config, and changes neither."""
+"""What is refused when an adapter is added: each check reads a model and a config, and changes neither."""
 
 from __future__ import annotations
 
@@ -145,8 +145,8 @@ def _check_names(adapter_names: Iterable[str], embedding_path: str, config: PTun
             raise ValueError(f"An adapter can't be named {reserved!r}, the name of the module it is in.")
         if not name or "." in name or hasattr(nn.ModuleDict, name):
             raise ValueError(
-                f"An adapter can't be named {name!r}: torch takes no empty name for a module, none with a dot, and "
-                "none that `nn.ModuleDict` has for something else. Choose another name."
+                f"An adapter can't be named {name!r}: in torch, the name of a module can't be empty, have a dot, or "
+                "be an attribute of `nn.ModuleDict`. Choose another name."
             )
     for name in config.modules_to_save or ():
         if f".{name}." in f".{embedding_path}.":
@@ -159,7 +159,8 @@ def _check_names(adapter_names: Iterable[str], embedding_path: str, config: PTun
 def check_saved_apart(layer: PTuningLayer, adapter_name: str, embedding_path: str) -> None:
     """Refuses an adapter beside others if PEFT would leave out parts of it, or of them, when it saves.
 
-    To save one adapter, PEFT drops every tensor that has the name of another one as a part of its own name.
+    To save one adapter, PEFT drops every tensor that has the name of another one as a part of its own name. This check
+    needs the tensors, so it runs when the adapter is on the model; the caller takes the adapter off after an error.
 
     Raises:
         ValueError: One of both is named like a part of the other's tensors.

@@ -69,25 +69,28 @@ def run(
             return one_pass.run(stack, forward, call, vectors, call.embeds(layer.embed))
         except NotRecorded as reason:
             stack.ptuning.not_recorded = str(reason)
+
+    def why() -> str:
+        others = "gradients are asked for" if torch.is_grad_enabled() else "it has no pass of its own in this call"
+        return why_in_row() or others
+
     if states is None:
-        return _run_in_row(stack, forward, call, layer, vectors, why_in_row)
+        return _run_in_row(stack, forward, call, layer, vectors, why)
     _check_deep(call, states)
     run_deep = functools.partial(_run_deep, stack, forward, layer, states)
     if vectors is None:
         return run_deep(**call.given)
     if call.cache is not None:
-        others = "gradients are asked for" if torch.is_grad_enabled() else "it has no pass of its own in this call"
-        reason = why_in_row() or others
         raise ValueError(
             f"{call.stack} got a cache, and it can't go on behind a prompt in every layer and one at the input at "
-            f"once, because the second stands in the row here: {reason}. Leave the cache out."
+            f"once, because the second stands in the row here: {why()}. Leave the cache out."
         )
     if call.backbone.is_rotary and not call.backbone.is_causal and call.given_positions is None:
         positions = in_attention.text_positions(call, call.plain_mask, states)
         call = dataclasses.replace(call, given=call.arguments(position_ids=positions), given_positions=positions)
     if "use_cache" in call.backbone.parameters:
         run_deep = functools.partial(run_deep, use_cache=False)
-    return _run_in_row(stack, run_deep, call, layer, vectors, why_in_row)
+    return _run_in_row(stack, run_deep, call, layer, vectors, why)
 
 
 def _run_in_row(

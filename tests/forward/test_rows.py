@@ -494,11 +494,15 @@ def test_heads_of_rows_are_disabled_with_their_prompts() -> None:
             torch.testing.assert_close(model(**batch).logits, expected, rtol=0, atol=0)
 
 
-def test_a_cache_behind_both_depths_with_gradients_is_refused() -> None:
+def test_what_both_depths_with_gradients_have_no_room_for_is_refused() -> None:
     model = make_many("Llama", "CAUSAL_LM", ["long", "deep"])
     model.base_model.set_adapter(["long", "deep"])
+    ids = torch.arange(5, 12)[None]
     with pytest.raises(ValueError, match="got a cache.*: gradients are asked for. Leave the cache out"):
-        model(input_ids=torch.arange(5, 12)[None], **{CACHE: DynamicCache()})
+        model(input_ids=ids, **{CACHE: DynamicCache()})
+    mask = torch.ones(7, 7).tril().bool()[None, None]
+    with pytest.raises(ValueError, match="4-D mask.* concatenated here, because gradients are asked for"):
+        model(input_ids=ids, attention_mask=mask)
 
 
 def test_active_adapters_stay_where_several_are_refused() -> None:
